@@ -1,0 +1,43 @@
+# make bench | make test | make lint: each sets up all it needs, in .venv.
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+VENV   ?= .venv
+
+PY      := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: bench test lint format readme clean
+
+bench: $(VENV)/built
+	$(PY) -m benchmarks
+
+test: $(VENV)/built
+	$(PY) -m pytest -q
+
+lint: $(VENV)/built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.* benchmarks/*.c
+
+format: $(VENV)/built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.* benchmarks/*.c
+
+# The README's tables and picture, from the committed results.
+readme: $(VENV)/built
+	$(PY) -m benchmarks.report $(RESULT) --readme README.md --plot benchmarks/results/speedup.png
+
+clean:
+	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py
+
+# The build sees the torch that is installed here, so no build isolation.
+$(VENV)/built: $(SOURCES) $(VENV)/torch
+	$(PY) -m pip install -q --no-build-isolation -e ".[build,test,bench,lint]"
+	touch $@
+
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH) "setuptools>=77" ninja pybind11
+	touch $@

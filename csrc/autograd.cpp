@@ -1,0 +1,173 @@
+// The differentiable step: arguments checked and made batched, gradients by the fused backward kernels,
+// autocast.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace lstmfused {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The step in torch's own differentiable operators: what the kernels compute, for the derivatives that
+// they do not (forward mode, and gradients of gradients).
+State composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+               const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const Tensor sums = at::linear(input, weight_ih, bias_ih) + at::linear(hx, weight_hh, bias_hh);
+  const auto gates = sums.chunk(4, 1);
+  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
+  return {gates[3].sigmoid() * c.tanh(), c};
+}
+
+// Indices of the seven arguments, in the order of the schema.
+enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
+
+// Gradients that can be differentiated again: those of the composed step. Each argument enters under an
+// alias, so that one computed from another (hx from an earlier input, say) still gets its own share only.
+variable_list composed_gradients(const variable_list& saved, const std::array<bool, kArguments>& wanted,
+                                 const variable_list& grads) {
+  std::array<Tensor, kArguments> a;
+  variable_list wanted_inputs;
+  for (int i = 0; i < kArguments; i++) {
+    if (!saved[i].defined()) continue;
+    a[i] = saved[i].view_as(saved[i]);
+    if (wanted[i]) wanted_inputs.push_back(a[i]);
+  }
+  const auto [h, c] = composed(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], optional(a[kBiasIh]),
+                               optional(a[kBiasHh]));
+  variable_list outputs, output_grads;
+  for (const auto& [output, grad] : {std::pair{h, grads[0]}, std::pair{c, grads[1]}})
+    if (grad.defined()) {
+      outputs.push_back(output);
+      output_grads.push_back(grad);
+    }
+  variable_list result(kArguments);
+  if (outputs.empty() || wanted_inputs.empty()) return result;
+  const variable_list found = torch::autograd::grad(outputs, wanted_inputs, output_grads,
+                                                    /*retain_graph=*/true, /*create_graph=*/true,
+                                                    /*allow_unused=*/true);
+  for (int i = 0, next = 0; i < kArguments; i++)
+    if (wanted[i] && a[i].defined()) result[i] = found[next++];
+  return result;
+}
+
+struct Step : torch::autograd::Function<Step> {
+  // Absent biases come as undefined tensors, so that every argument keeps its index.
+  static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& hx,
+                               const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                               const Tensor& bias_ih, const Tensor& bias_hh) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, optional(bias_ih),
+                                           optional(bias_hh), /*save_gates=*/true);
+    context->set_materialize_grads(false);
+    context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gates});
+    return {h, c};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    std::array<bool, kArguments> wanted;
+    for (int i = 0; i < kArguments; i++) wanted[i] = context->needs_input_grad(i);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments);
+    if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
+
+    auto [input, hx, cx, weight_ih, weight_hh, bias] =
+        lstm_cell_backward(optional(grads[0]), optional(grads[1]), saved[kArguments], saved[kInput],
+                           saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh],
+                           {wanted[kInput], wanted[kHx], wanted[kCx], wanted[kWeightIh], wanted[kWeightHh],
+                            wanted[kBiasIh] || wanted[kBiasHh]});
+    variable_list result{input, hx, cx, weight_ih, weight_hh, bias, bias};
+    for (int i = 0; i < kArguments; i++)
+      if (!wanted[i]) result[i] = Tensor();
+    // Both biases have this gradient, but a caller may edit one of the two.
+    if (wanted[kBiasIh] && wanted[kBiasHh]) result[kBiasHh] = bias.clone();
+    return result;
+  }
+};
+
+// Ranks and the absent state are the same for every path: body gets batched arguments, checked.
+template <class Body>
+State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                 const OptionalTensor& bias_hh, const Body& body) {
+  check_ranks(input, hx, cx);
+  const bool batched = input.dim() == 2;
+  const Tensor x = batched ? input : input.unsqueeze(0);
+  Tensor h, c;
+  if (hx) {
+    h = batched ? *hx : hx->unsqueeze(0);
+    c = batched ? *cx : cx->unsqueeze(0);
+  } else {
+    h = c = at::zeros_symint({x.sym_size(0), weight_hh.sym_size(-1)}, x.options());
+  }
+  check_step(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+  State next = body(x, h, c);
+  if (batched) return next;
+  return {std::get<0>(next).squeeze(0), std::get<1>(next).squeeze(0)};
+}
+
+State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
+           const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  return with_batch(
+      input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+        const auto any = [&](auto&& property) {
+          return property(x) || property(h) || property(c) || property(weight_ih) || property(weight_hh) ||
+                 (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
+        };
+        if (any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }))
+          return composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+        if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
+          const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
+                                                  bias_hh.value_or(Tensor()));
+          return {state[0], state[1]};
+        }
+        at::AutoDispatchBelowADInplaceOrView guard;
+        auto [next_h, next_c, gates] =
+            lstm_cell_forward(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, /*save_gates=*/false);
+        return {next_h, next_c};
+      });
+}
+
+template <at::DeviceType device>
+State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+               const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+               const OptionalTensor& bias_hh) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [dtype](const auto& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  return lstm_cell(cast(input), cast(hx), cast(cx), cast(weight_ih), cast(weight_hh), cast(bias_ih),
+                   cast(bias_hh));
+}
+
+}  // namespace
+
+State lstm_cell_composed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                         const OptionalTensor& bias_hh) {
+  return with_batch(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                    [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+                      return composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                    });
+}
+
+}  // namespace lstmfused
+
+TORCH_LIBRARY_IMPL(lstmfused, CompositeExplicitAutograd, m) { m.impl("lstm_cell", lstmfused::step); }
+TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) { m.impl("lstm_cell", lstmfused::step); }
+TORCH_LIBRARY_IMPL(lstmfused, AutocastCPU, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCPU>); }
+TORCH_LIBRARY_IMPL(lstmfused, AutocastCUDA, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCUDA>); }

@@ -1,0 +1,100 @@
+#include "checks.h"
+
+#include <c10/util/Exception.h>
+
+namespace lstmfused {
+namespace {
+
+void check_rank(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 || tensor.dim() == 2, "LSTMCell: Expected ", name,
+                    " to be 1D or 2D, got ", tensor.dim(), "D instead");
+}
+
+void check_shape(const char* name, const Tensor& tensor, c10::SymInt rows, c10::SymInt columns) {
+  TORCH_CHECK(tensor.dim() == 2 && tensor.sym_size(0) == rows && tensor.sym_size(1) == columns,
+              "lstm_cell: expected ", name, " of shape [", rows, ", ", columns, "], got ",
+              tensor.sym_sizes());
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& input) {
+  TORCH_CHECK(tensor.layout() == at::kStrided, "lstm_cell: expected ", name,
+              " to be a dense tensor, got layout ", tensor.layout());
+  TORCH_CHECK(tensor.device() == input.device(),
+              "Expected all tensors to be on the same device, but found at least two devices, ",
+              input.device(), " and ", tensor.device(), "! (", name, " in lstm_cell)");
+  TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "lstm_cell: expected ", name,
+              " to have the dtype of input, ", input.scalar_type(), ", but got ", tensor.scalar_type());
+}
+
+void check_state(int index, const Tensor& state, const Tensor& input, const c10::SymInt& units) {
+  TORCH_CHECK(input.sym_size(0) == state.sym_size(0), "Input batch size ", input.sym_size(0),
+              " doesn't match hidden", index, " batch size ", state.sym_size(0), "\nhx[", index,
+              "] has shape ", state.sym_sizes(), ", expected (batch, units) = [", input.sym_size(0), ", ",
+              units, "]: the batch follows the input, the units follow the weights");
+  TORCH_CHECK(state.sym_size(1) == units, "hidden", index, " has inconsistent hidden_size: got ",
+              state.sym_size(1), ", expected ", units);
+}
+
+}  // namespace
+
+void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx) {
+  check_rank("input", input);
+  TORCH_CHECK(hx.has_value() == cx.has_value(),
+              "lstm_cell expects two hidden states, h and c, or none of them");
+  if (!hx) return;
+  check_rank("hx[0]", *hx);
+  check_rank("hx[1]", *cx);
+  TORCH_CHECK(hx->dim() == input.dim() && cx->dim() == input.dim(), "For ",
+              input.dim() == 2 ? "batched 2-D" : "unbatched 1-D", " input, hx and cx should also be ",
+              input.dim(), "-D but got (", hx->dim(), "-D, ", cx->dim(), "-D) tensors");
+}
+
+void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  TORCH_CHECK(weight_ih.dim() == 2 && weight_hh.dim() == 2,
+              "lstm_cell: expected weight_ih of shape [4 * units, input size] and weight_hh of shape "
+              "[4 * units, units], got ",
+              weight_ih.sym_sizes(), " and ", weight_hh.sym_sizes());
+  TORCH_CHECK(input.dim() == 2 && hx.dim() == 2 && cx.dim() == 2,
+              "lstm_cell: expected input, hx and cx of shape [batch, ...], got ", input.sym_sizes(), ", ",
+              hx.sym_sizes(), " and ", cx.sym_sizes());
+  const c10::SymInt units = weight_hh.sym_size(1);
+  TORCH_CHECK(input.sym_size(1) == weight_ih.sym_size(1), "input has inconsistent input_size: got ",
+              input.sym_size(1), " expected ", weight_ih.sym_size(1));
+  check_state(0, hx, input, units);
+  check_state(1, cx, input, units);
+  check_shape("weight_ih", weight_ih, units * 4, input.sym_size(1));
+  check_shape("weight_hh", weight_hh, units * 4, units);
+
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() > 1,
+                              "\"lstm_cell\" not implemented for '", input.scalar_type(), "'");
+  check_like("input", input, input);
+  check_like("hx[0]", hx, input);
+  check_like("hx[1]", cx, input);
+  check_like("weight_ih", weight_ih, input);
+  check_like("weight_hh", weight_hh, input);
+  const auto check_bias = [&](const char* name, const OptionalTensor& bias) {
+    if (!bias || !bias->defined()) return;
+    TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == units * 4, "lstm_cell: expected ", name,
+                " of shape [", units * 4, "], got ", bias->sym_sizes());
+    check_like(name, *bias, input);
+  };
+  check_bias("bias_ih", bias_ih);
+  check_bias("bias_hh", bias_hh);
+}
+
+void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
+                    const Tensor& cx) {
+  const c10::SymInt batch = cx.sym_size(0), units = cx.sym_size(1);
+  check_shape("gates", gates, batch, units * 4);
+  check_like("gates", gates, cx);
+  const auto check_grad = [&](const char* name, const OptionalTensor& grad) {
+    if (!grad || !grad->defined()) return;
+    check_shape(name, *grad, batch, units);
+    check_like(name, *grad, cx);
+  };
+  check_grad("grad_h", grad_h);
+  check_grad("grad_c", grad_c);
+}
+
+}  // namespace lstmfused

@@ -1,0 +1,37 @@
+// What a kernel variant offers: one table of functions per instruction set, no torch.
+#pragma once
+#include "../lstm.h"
+
+namespace lstmfused {
+
+// Runs task(context, i) for every i in [0, tasks), on any thread and in any order. `work` is the cost of
+// them all in multiply-adds: a pool may run little work on the calling thread alone.
+struct Pool {
+  void (*run)(int64_t tasks, int64_t work, void (*task)(const void* context, int64_t i),
+              const void* context);
+  int64_t threads;
+};
+
+template <class T>
+struct CellKernels {
+  using dtype = T;
+  void (*forward)(const Forward<T>&, const Pool&);
+  void (*backward)(const Backward<T>&, const Pool&);
+};
+
+struct Kernels {
+  const char* name;
+  CellKernels<float> f32;
+  CellKernels<double> f64;
+  CellKernels<bfloat16> bf16;
+  CellKernels<float16> f16;
+};
+
+// The same source, kernels.cpp, compiled for several instruction sets.
+extern const Kernels kernels_default;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace lstmfused

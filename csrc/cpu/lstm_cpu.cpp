@@ -1,0 +1,187 @@
+// The operators on CPU tensors: Tensor -> struct, threads, choice of instruction set.
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <pthread.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "variant.h"
+
+namespace lstmfused {
+
+const Kernels& cpu_kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+#ifdef __x86_64__
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return kernels_avx512;
+    if (capability == "AVX2") return kernels_avx2;
+#endif
+    return kernels_default;
+  }();
+  return chosen;
+}
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------
+// Threads: torch's own pool
+
+// Less work than this, in multiply-adds, is done sooner by one thread than handed to another.
+constexpr int64_t kWorkPerThread = 100'000;
+
+// The threads of OpenMP do not survive a fork: a child that asked for them would wait for ever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int64_t usable_threads() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void run(int64_t tasks, int64_t work, void (*task)(const void*, int64_t), const void* context) {
+  const int64_t threads = std::min({usable_threads(), tasks, work / kWorkPerThread});
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; i++) task(context, i);
+    return;
+  }
+  // Tasks go to whoever is free; which thread ran one leaves no trace in its result.
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+  });
+}
+
+Pool pool() { return {run, usable_threads()}; }
+
+// ---------------------------------------------------------------------------------------------------
+// Tensor -> struct
+
+template <class F>
+auto with_kernels(at::ScalarType dtype, F&& f) {
+  const Kernels& kernels = cpu_kernels();
+  switch (dtype) {
+    case at::kFloat: return f(kernels.f32);
+    case at::kDouble: return f(kernels.f64);
+    case at::kBFloat16: return f(kernels.bf16);
+    default: return f(kernels.f16);  // checks.cpp admits no other
+  }
+}
+
+// The same values with contiguous rows; rows themselves may lie apart, as in x[:, t].
+Tensor rows(const Tensor& tensor) {
+  return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
+}
+
+Tensor contiguous(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? tensor->contiguous() : Tensor();
+}
+
+// Pointers as the kernels name their types; null for what is undefined or has no element.
+template <class T>
+const T* in(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+template <class T>
+T* out(const Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
+                      const Tensor& weight_hh_, const OptionalTensor& bias_ih_,
+                      const OptionalTensor& bias_hh_, bool save_gates) {
+  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, bias_ih_, bias_hh_);
+  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
+  // The left factors of the products are small: half types are widened once, here.
+  const at::ScalarType sums = at::toOpMathType(input_.scalar_type());
+  const Tensor input = rows(input_.to(sums)), hx = rows(hx_.to(sums)), cx = rows(cx_);
+  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
+  const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
+
+  const Tensor h = at::empty({B, H}, input_.options()), c = at::empty_like(h);
+  const Tensor gates = at::empty({save_gates ? B : 0, 4 * H}, input_.options());
+  if (h.numel())
+    with_kernels(input_.scalar_type(), [&](const auto& kernels) {
+      using T = typename std::decay_t<decltype(kernels)>::dtype;
+      using A = Accumulate<T>;
+      kernels.forward({B, I, H, in<A>(input), input.stride(0), in<A>(hx), hx.stride(0), in<T>(cx),
+                       cx.stride(0), in<T>(weight_ih), in<T>(weight_hh), in<T>(bias_ih), in<T>(bias_hh),
+                       out<T>(h), out<T>(c), out<T>(gates)},
+                      pool());
+    });
+  return {h, c, gates};
+}
+
+Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_, const Tensor& gates_,
+                   const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
+                   const Tensor& weight_hh_, std::array<bool, 6> output_mask) {
+  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, {}, {});
+  check_backward(grad_h_, grad_c_, gates_, cx_);
+  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
+  const auto optional_rows = [](const OptionalTensor& t) {
+    return t && t->defined() ? rows(*t) : Tensor();
+  };
+  const auto row_stride = [](const Tensor& t) { return t.defined() ? t.stride(0) : 0; };
+  const Tensor grad_h = optional_rows(grad_h_), grad_c = optional_rows(grad_c_);
+  const Tensor gates = gates_.contiguous(), input = rows(input_), hx = rows(hx_), cx = rows(cx_);
+  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
+
+  const auto options = input_.options();
+  // A batch of nothing still has weight gradients: zeros.
+  const auto make = [&](int index, at::IntArrayRef shape) {
+    return !output_mask[index] ? at::empty({0}, options)
+           : B                 ? at::empty(shape, options)
+                               : at::zeros(shape, options);
+  };
+  const Gradients gradients{make(0, {B, I}),     make(1, {B, H}),     make(2, {B, H}),
+                            make(3, {4 * H, I}), make(4, {4 * H, H}), make(5, {4 * H})};
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = gradients;
+  if (!cx.numel()) return gradients;
+
+  const auto scratch = options.dtype(at::toOpMathType(input_.scalar_type()));
+  const Tensor grad_gates = at::empty({B, 4 * H}, scratch);
+  const Tensor grad_gates_t =
+      output_mask[3] || output_mask[4] ? at::empty({4 * H, B}, scratch) : at::empty({0}, scratch);
+  with_kernels(input_.scalar_type(), [&](const auto& kernels) {
+    using T = typename std::decay_t<decltype(kernels)>::dtype;
+    using A = Accumulate<T>;
+    kernels.backward({B,
+                      I,
+                      H,
+                      in<T>(grad_h),
+                      row_stride(grad_h),
+                      in<T>(grad_c),
+                      row_stride(grad_c),
+                      in<T>(gates),
+                      in<T>(input),
+                      input.stride(0),
+                      in<T>(hx),
+                      hx.stride(0),
+                      in<T>(cx),
+                      cx.stride(0),
+                      in<T>(weight_ih),
+                      in<T>(weight_hh),
+                      out<A>(grad_gates),
+                      out<A>(grad_gates_t),
+                      out<T>(grad_input),
+                      out<T>(grad_hx),
+                      out<T>(grad_cx),
+                      out<T>(grad_weight_ih),
+                      out<T>(grad_weight_hh),
+                      out<T>(grad_bias)},
+                     pool());
+  });
+  return gradients;
+}
+
+}  // namespace
+}  // namespace lstmfused
+
+TORCH_LIBRARY_IMPL(lstmfused, CPU, m) {
+  m.impl("lstm_cell_forward", lstmfused::forward);
+  m.impl("lstm_cell_backward", lstmfused::backward);
+}

@@ -1,0 +1,9 @@
+#pragma once
+#include "kernels.h"
+
+namespace lstmfused {
+
+// The kernels that this processor runs: torch's choice, so ATEN_CPU_CAPABILITY is obeyed.
+const Kernels& cpu_kernels();
+
+}  // namespace lstmfused

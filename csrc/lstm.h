@@ -1,0 +1,79 @@
+// The contract between torch and the kernels: plain structs, no torch.
+//
+// Shapes: B batch, I input, H units. Gates in torch's order i, f, g, o: row g * H + u of a weight or
+// column g * H + u of a gate buffer belongs to gate g of unit u. Every matrix is row-major with
+// contiguous rows; a *_stride is the distance between rows, in elements (0 repeats one row).
+//
+// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace lstmfused {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <class T>
+using Accumulate = typename AccumulateType<T>::type;
+
+template <class T>
+struct Forward {
+  using A = Accumulate<T>;
+  int64_t B, I, H;
+  const A* input;  // (B, I)
+  int64_t input_stride;
+  const A* hx;  // (B, H)
+  int64_t hx_stride;
+  const T* cx;  // (B, H)
+  int64_t cx_stride;
+  const T* weight_ih;  // (4H, I)
+  const T* weight_hh;  // (4H, H)
+  const T* bias_ih;    // (4H) or null
+  const T* bias_hh;    // (4H) or null
+  T* h;                // (B, H)
+  T* c;                // (B, H)
+  T* gates;            // (B, 4H) activated gates, or null when no gradient is wanted
+};
+
+template <class T>
+struct Backward {
+  using A = Accumulate<T>;
+  int64_t B, I, H;
+  const T* grad_h;  // (B, H) or null for zeros
+  int64_t grad_h_stride;
+  const T* grad_c;  // (B, H) or null for zeros
+  int64_t grad_c_stride;
+  const T* gates;  // (B, 4H)
+  const T* input;  // (B, I)
+  int64_t input_stride;
+  const T* hx;  // (B, H)
+  int64_t hx_stride;
+  const T* cx;  // (B, H)
+  int64_t cx_stride;
+  const T* weight_ih;  // (4H, I)
+  const T* weight_hh;  // (4H, H)
+  A* grad_gates;       // (B, 4H) scratch
+  A* grad_gates_t;     // (4H, B) scratch, or null when no weight gradient is wanted
+  // Each of these is null when it is not wanted.
+  T* grad_input;      // (B, I)
+  T* grad_hx;         // (B, H)
+  T* grad_cx;         // (B, H)
+  T* grad_weight_ih;  // (4H, I)
+  T* grad_weight_hh;  // (4H, H)
+  T* grad_bias;       // (4H)
+};
+
+}  // namespace lstmfused

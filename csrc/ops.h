@@ -1,0 +1,36 @@
+// The operators as C++ functions; their schemas are in ops.cpp.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace lstmfused {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+using State = std::tuple<Tensor, Tensor>;                                      // h, c
+using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                      // h, c, gates
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
+
+// Calls through the dispatcher.
+State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                const OptionalTensor& bias_hh);
+StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                const Tensor& weight_ih, const Tensor& weight_hh,
+                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                bool save_gates);
+Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                             const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                             const Tensor& weight_ih, const Tensor& weight_hh,
+                             std::array<bool, 6> output_mask);
+
+// The same step in torch's own operators, for the transformations that know only those.
+State lstm_cell_composed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                         const OptionalTensor& bias_hh);
+
+}  // namespace lstmfused

@@ -1,0 +1,2 @@
+TORCH: str
+VARIANTS: str

@@ -1,0 +1,74 @@
+"""The step as a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _has_torch_function_variadic
+
+from ._ops import _C
+
+__all__ = ["lstm_cell"]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""One LSTM step over (batch, units) state, in one fused kernel.
+
+    .. math::
+        i, f, o &= \sigma(x W_i^T + b_i + h V_i^T + d_i), \ldots \\
+        g &= \tanh(x W_g^T + b_g + h V_g^T + d_g) \\
+        c' &= f c + i g, \qquad h' = o \tanh(c')
+
+    with the gates' rows of the weights in the order i, f, g, o, as in :class:`torch.nn.LSTMCell`
+    (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
+
+    B is the batch, I the input size, H the units. The units are fixed by the weights; the batch is
+    whatever this call brings. Without the batch dimension everything is one row.
+
+    Args:
+        input: (B, I) or (I).
+        hx: the state ``(h, c)``, each (B, H) or (H); ``None`` is a state of zeros.
+        weight_ih: (4H, I).
+        weight_hh: (4H, H).
+        bias_ih: (4H) or ``None``.
+        bias_hh: (4H) or ``None``.
+
+    All tensors share one dtype (float32, float64, bfloat16 or float16; the half types are summed in
+    float32) and one device. They may be non-contiguous.
+
+    Returns:
+        The new state ``(h, c)``, each (B, H) or (H), in the dtype of ``input``.
+
+    Raises:
+        ValueError: ``input``, ``h`` or ``c`` is neither 1D nor 2D.
+        TypeError: ``hx`` is one tensor instead of a pair.
+        RuntimeError: shapes, dtypes or devices do not fit together; the message says what was
+            expected and what came.
+    """
+    if hx is None:
+        h = c = None
+    elif isinstance(hx, Tensor):
+        raise TypeError(
+            "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
+            f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
+        )
+    elif len(hx) != 2:
+        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    else:
+        h, c = hx
+
+    step = _C.lstm_cell
+    if torch.compiler.is_compiling() or _has_torch_function_variadic(
+        input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
+    ):
+        step = torch.ops.lstmfused.lstm_cell  # what a graph or a tensor subclass can see
+    elif _are_functorch_transforms_active():
+        step = _C.lstm_cell_composed  # what vmap, grad and jvp know how to transform
+    return step(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)

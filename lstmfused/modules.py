@@ -1,0 +1,79 @@
+"""The step as a module, and the swap of a model's cells."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .functional import lstm_cell
+
+__all__ = ["LSTMCell", "fuse", "unfuse"]
+
+
+class LSTMCell(nn.LSTMCell):
+    r"""A drop-in for :class:`torch.nn.LSTMCell` that computes the step in one fused kernel.
+
+    Constructor, parameters, initial values, ``state_dict`` and errors are those of
+    :class:`torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the units.
+        bias: whether there are biases ``bias_ih`` and ``bias_hh``.
+        device: where the parameters are made.
+        dtype: float32, float64, bfloat16 or float16.
+
+    Shape:
+        - input: (B, I) or (I); the batch B may differ from call to call.
+        - hx: the state ``(h, c)``, each (B, H) or (H); ``None`` is a state of zeros.
+        - returns the new state ``(h, c)`` of the same shapes.
+
+    Example::
+
+        >>> cell = LSTMCell(10, 20)
+        >>> h, c = cell.initial_state(3)
+        >>> for step in torch.randn(6, 3, 10):
+        ...     h, c = cell(step, (h, c))
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+
+    def initial_state(self, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """A state ``(h, c)`` of zeros, each (batch_size, H), or (H) when no batch size is given, in
+        the dtype and on the device of the weights."""
+        shape = (self.hidden_size,) if batch_size is None else (batch_size, self.hidden_size)
+        return self.weight_hh.new_zeros(shape), self.weight_hh.new_zeros(shape)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M) -> M:
+    """Makes every :class:`torch.nn.LSTMCell` in ``model`` an :class:`LSTMCell`, in place.
+
+    Each cell stays the same object with the same parameters, hooks and mode, so optimizers and other
+    references remain valid. Subclasses with a ``forward`` of their own are left alone.
+
+    Returns:
+        ``model``.
+    """
+    return _swap(model, nn.LSTMCell, LSTMCell)
+
+
+def unfuse(model: M) -> M:
+    """The way back: makes every :class:`LSTMCell` in ``model`` a :class:`torch.nn.LSTMCell`."""
+    return _swap(model, LSTMCell, nn.LSTMCell)
+
+
+def _swap(model: M, old: type[nn.Module], new: type[nn.Module]) -> M:
+    for module in model.modules():
+        if type(module) is old:
+            module.__class__ = new
+    return model
