@@ -63,22 +63,23 @@ variable_list composed_gradients(const variable_list& saved, const std::array<bo
 }
 
 struct Step : torch::autograd::Function<Step> {
-  // Absent biases come as undefined tensors, so that every argument keeps its index.
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& hx,
                                const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
-                               const Tensor& bias_ih, const Tensor& bias_hh) {
+                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, optional(bias_ih),
-                                           optional(bias_hh), /*save_gates=*/true);
+    auto [h, c, gates] =
+        lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, /*save_gates=*/true);
     context->set_materialize_grads(false);
-    context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gates});
+    context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
+                                bias_hh.value_or(Tensor()), gates});
     return {h, c};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const variable_list saved = context->get_saved_variables();
     std::array<bool, kArguments> wanted;
-    for (int i = 0; i < kArguments; i++) wanted[i] = context->needs_input_grad(i);
+    for (int i = 0, edge = 0; i < kArguments; i++)  // an absent bias has no edge in the graph
+      wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments);
     if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
 
@@ -129,8 +130,7 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
         if (any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }))
           return composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
         if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
-          const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
-                                                  bias_hh.value_or(Tensor()));
+          const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
           return {state[0], state[1]};
         }
         at::AutoDispatchBelowADInplaceOrView guard;

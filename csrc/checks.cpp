@@ -51,16 +51,15 @@ void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTe
 
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  TORCH_CHECK(weight_ih.dim() == 2 && weight_hh.dim() == 2,
-              "lstm_cell: expected weight_ih of shape [4 * units, input size] and weight_hh of shape "
-              "[4 * units, units], got ",
-              weight_ih.sym_sizes(), " and ", weight_hh.sym_sizes());
   TORCH_CHECK(input.dim() == 2 && hx.dim() == 2 && cx.dim() == 2,
               "lstm_cell: expected input, hx and cx of shape [batch, ...], got ", input.sym_sizes(), ", ",
               hx.sym_sizes(), " and ", cx.sym_sizes());
+  TORCH_CHECK(weight_hh.dim() == 2, "lstm_cell: expected weight_hh of shape [4 * units, units], got ",
+              weight_hh.sym_sizes());
   const c10::SymInt units = weight_hh.sym_size(1);
-  TORCH_CHECK(input.sym_size(1) == weight_ih.sym_size(1), "input has inconsistent input_size: got ",
-              input.sym_size(1), " expected ", weight_ih.sym_size(1));
+  if (weight_ih.dim() == 2)
+    TORCH_CHECK(input.sym_size(1) == weight_ih.sym_size(1), "input has inconsistent input_size: got ",
+                input.sym_size(1), " expected ", weight_ih.sym_size(1));
   check_state(0, hx, input, units);
   check_state(1, cx, input, units);
   check_shape("weight_ih", weight_ih, units * 4, input.sym_size(1));

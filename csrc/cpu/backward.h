@@ -108,14 +108,24 @@ static void run_task(const Product<T>& p, int64_t task) {
                  columns - v * L);
 }
 
-// grad_bias (4H) = the sum of grad_gates over rows, `lanes` gates at a time.
+// grad_bias (4H) = the sum of grad_gates over rows, for one panel's width of gates; like a product's sums,
+// anew for every stretch of rows.
 template <class T>
 static void bias_gradient(const Backward<T>& p, int64_t column) {
   using A = Accumulate<T>;
+  constexpr int N = kLanes<A>;
   const int64_t n = 4 * p.H - column;
-  Vec<A> sum{};
-  for (int64_t row = 0; row < p.B; row++) sum += load_upto(p.grad_gates + row * 4 * p.H + column, n);
-  store_upto(p.grad_bias + column, sum, n);
+  Vec<A> total[kPanel] = {};
+  for (int64_t begin = 0; begin < p.B; begin += kDepth) {
+    Vec<A> sum[kPanel] = {};
+    const int64_t end = begin + kDepth < p.B ? begin + kDepth : p.B;
+    for (int64_t row = begin; row < end; row++)
+      for (int v = 0; v < kPanel && v * N < n; v++)
+        sum[v] += load_upto(p.grad_gates + row * 4 * p.H + column + v * N, n - v * N);
+    for (int v = 0; v < kPanel; v++) total[v] += sum[v];
+  }
+  for (int v = 0; v < kPanel && v * N < n; v++)
+    store_upto(p.grad_bias + column + v * N, total[v], n - v * N);
 }
 
 template <class T>
@@ -145,7 +155,8 @@ static void backward(const Backward<T>& p, const Pool& pool) {
            product(p.grad_gates, p.weight_hh, p.H, p.grad_hx, p.B, G, p.H, pool.threads),
            product<T>(p.grad_gates_t, p.input, p.input_stride, p.grad_weight_ih, G, p.B, p.I, pool.threads),
            product<T>(p.grad_gates_t, p.hx, p.hx_stride, p.grad_weight_hh, G, p.B, p.H, pool.threads)}};
-  int64_t count = p.grad_bias ? (G + N - 1) / N : 0, work = 0;
+  constexpr int64_t W = kWidth<Accumulate<T>>;
+  int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? p.B * G : 0;
   for (const Product<T>& each : tasks.products) {
     count += each.tasks();
     if (each.out) work += each.M * each.K * each.N;
@@ -158,7 +169,7 @@ static void backward(const Backward<T>& p, const Pool& pool) {
           if (i < each.tasks()) return run_task(each, i);
           i -= each.tasks();
         }
-        bias_gradient(t.p, i * N);
+        bias_gradient(t.p, i * W);
       },
       &tasks);
 }

@@ -69,110 +69,124 @@ static void forward_panel(const Forward<T>& p, int64_t u, Range rows) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// Few rows: vectors run along K. The weights are read once, as they lie, for up to kDots / 4 rows.
+// Few rows: vectors run along K, and the weights are used as they lie. A tile is Units x Rows states; its
+// dots are ordered (rows, units, gates). One stretch of K at a time, so that the weights of a unit stay in
+// the first-level cache while all rows pass.
 
 template <class A>
-constexpr int kDots = kLanes<A> >= 16 ? 16 : 8;  // sums in flight: 4 gates x units x rows
+constexpr int kDots = kLanes<A> >= 16 ? 16 : 8;  // sums in flight
+template <class A>
+constexpr int kStretch = 2048 / sizeof(A);
 
-// dots (units, rows, 4) += weight (4 gates, units; K) . left (rows, K)
-template <int Units, int Rows, class T, class A>
-LSTMFUSED_INLINE void dot(Vec<A>* dots, const A* left, int64_t left_stride, const T* weight, int64_t H,
-                          int64_t K) {
+// A stretch of one of the two products: left (rows, depth), weight (4, H, depth).
+template <class T>
+struct Stretch {
+  const Accumulate<T>* left;
+  int64_t left_stride;
+  const T* weight;
+  int64_t weight_stride, depth;
+};
+
+template <int Units, int Rows, class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE void add_dots(Vec<Accumulate<T>>* dots, const Stretch<T>& s, int64_t H, int64_t row, int64_t u) {
+  constexpr int N = kLanes<A>;
   const auto step = [&](int64_t k, auto load_part) {
     Vec<A> x[Rows];
-    for (int r = 0; r < Rows; r++) x[r] = load_part(left + r * left_stride + k);
-    for (int u = 0; u < Units; u++)
+    for (int r = 0; r < Rows; r++) x[r] = load_part(s.left + (row + r) * s.left_stride + k);
+    for (int i = 0; i < Units; i++)
       for (int gate = 0; gate < 4; gate++) {
-        const Vec<A> w = load_part(weight + (gate * H + u) * K + k);
-        for (int r = 0; r < Rows; r++) dots[(u * Rows + r) * 4 + gate] += x[r] * w;
+        const Vec<A> w = load_part(s.weight + (gate * H + u + i) * s.weight_stride + k);
+        for (int r = 0; r < Rows; r++) dots[(r * Units + i) * 4 + gate] += x[r] * w;
       }
   };
-  constexpr int N = kLanes<A>;
   int64_t k = 0;
-  for (; k + N <= K; k += N) step(k, [](auto* p) { return load(p); });
-  if (k < K) step(k, [n = K - k](auto* p) { return load_some(p, n); });
+  for (; k + N <= s.depth; k += N) step(k, [](auto* p) { return load(p); });
+  if (k < s.depth) step(k, [n = s.depth - k](auto* p) { return load_some(p, n); });
 }
 
-// Units x Rows states from (u, row) on; sums holds (rows, 4 gates, lanes of units), this block's first
-// unit being u0.
+// sums (rows, lanes of units, 4 gates)
 template <int Units, int Rows, class T, class A = Accumulate<T>>
-static void dot_tile(const Forward<T>& p, int64_t u0, int64_t u, int64_t row, A* sums) {
+static void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row, int64_t u, A* sums) {
   constexpr int N = kLanes<A>, Dots = 4 * Units * Rows;
   Vec<A> dots[(Dots + N - 1) / N * N] = {};
-  dot<Units, Rows>(dots, p.input + row * p.input_stride, p.input_stride, p.weight_ih + u * p.I, p.H, p.I);
-  dot<Units, Rows>(dots, p.hx + row * p.hx_stride, p.hx_stride, p.weight_hh + u * p.H, p.H, p.H);
+  add_dots<Units, Rows>(dots, stretches[0], H, row, u);
+  add_dots<Units, Rows>(dots, stretches[1], H, row, u);
   alignas(64) A sum[Dots + N];
   for (int i = 0; i < Dots; i += N) store(sum + i, sum_each<A>(dots + i));
-  for (int i = 0; i < Units; i++)
-    for (int r = 0; r < Rows; r++)
-      for (int gate = 0; gate < 4; gate++)
-        sums[(r * 4 + gate) * N + u - u0 + i] = sum[(i * Rows + r) * 4 + gate];
-}
-
-template <int Rows, class T>
-static void forward_dot(const Forward<T>& p, int64_t u0, int64_t row) {
-  using A = Accumulate<T>;
-  constexpr int N = kLanes<A>;
-  constexpr int Units = kDots<A> / 4 / Rows > 0 ? kDots<A> / 4 / Rows : 1;
-  const int64_t n = p.H - u0 < N ? p.H - u0 : N;
-  alignas(64) A sums[Rows * 4 * N];
-  int64_t u = u0;
-  for (; u + Units <= u0 + n; u += Units) dot_tile<Units, Rows>(p, u0, u, row, sums);
-  for (; u < u0 + n; u++) dot_tile<1, Rows>(p, u0, u, row, sums);
-  Vec<A> b[4];
-  for (int gate = 0; gate < 4; gate++) b[gate] = bias(p, gate, u0, n);
-  for (int r = 0; r < Rows; r++) {
-    const A* s = sums + r * 4 * N;
-    finish(p, row + r, u0, n,
-           {load(s) + b[0], load(s + N) + b[1], load(s + 2 * N) + b[2], load(s + 3 * N) + b[3]});
-  }
+  for (int r = 0; r < Rows; r++)
+    for (int i = 0; i < 4 * Units; i++) sums[((row + r) * N + u) * 4 + i] += sum[r * 4 * Units + i];
 }
 
 template <class T>
-static void forward_dots(const Forward<T>& p, int64_t u0) {
-  constexpr int R = kDots<Accumulate<T>> / 4;  // 4 or 2
-  int64_t row = 0;
-  for (; row + R <= p.B; row += R) forward_dot<R>(p, u0, row);
-  switch (p.B - row) {
-    case 3: forward_dot<R - 1>(p, u0, row); break;
-    case 2: forward_dot<2>(p, u0, row); break;
-    case 1: forward_dot<1>(p, u0, row); break;
+static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
+  using A = Accumulate<T>;
+  constexpr int N = kLanes<A>, R = kDots<A> / 4;
+  constexpr int64_t S = kStretch<A>;
+  const int64_t n = p.H - u0 < N ? p.H - u0 : N;
+  alignas(64) A sums[kRows * 4 * N];
+  for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});
+
+  const auto stretch = [&](const A* left, int64_t left_stride, const T* weight, int64_t K,
+                           int64_t k) -> Stretch<T> {
+    const int64_t depth = K - k < S ? K - k : S;
+    return {left + rows.begin * left_stride + k, left_stride, weight + u0 * K + k, K, depth > 0 ? depth : 0};
+  };
+  for (int64_t k = 0; k < p.I || k < p.H; k += S) {
+    const Stretch<T> stretches[] = {stretch(p.input, p.input_stride, p.weight_ih, p.I, k),
+                                    stretch(p.hx, p.hx_stride, p.weight_hh, p.H, k)};
+    const auto tiles = [&](auto tile, int units, int64_t row, int64_t u) {
+      for (; u + units <= n; u += units) tile(stretches, p.H, row, u, sums);
+      return u;
+    };
+    int64_t row = 0;
+    for (int64_t u = 0; u < n; u++)
+      for (row = 0; row + R <= rows.size; row += R) dot_tile<1, R>(stretches, p.H, row, u, sums);
+    switch (rows.size - row) {
+      case 3: tiles(dot_tile<1, 3, T>, 1, row, 0); break;
+      case 2: tiles(dot_tile<1, 2, T>, 1, row, tiles(dot_tile<R / 2, 2, T>, R / 2, row, 0)); break;
+      case 1: tiles(dot_tile<1, 1, T>, 1, row, tiles(dot_tile<R, 1, T>, R, row, 0)); break;
+    }
+  }
+
+  Vec<A> b[4];
+  for (int gate = 0; gate < 4; gate++) b[gate] = bias(p, gate, u0, n);
+  for (int64_t row = 0; row < rows.size; row++) {
+    Vec<A> s[4];
+    for (int i = 0; i < 4; i++) s[i] = load(sums + (row * 4 + i) * N);
+    deinterleave<A>(s);
+    finish(p, rows.begin + row, u0, n, {s[0] + b[0], s[1] + b[1], s[2] + b[2], s[3] + b[3]});
   }
 }
 
 // ---------------------------------------------------------------------------------------------------
 
+// Transposing a panel costs what a few rows of dots cost.
 template <class T>
 static bool few_rows(const Forward<T>& p) {
-  return p.B <= 8;
+  return p.B <= 64;
 }
 
 template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
   constexpr int N = kLanes<Accumulate<T>>;
-  const int64_t unit_blocks = (p.H + N - 1) / N;
-  const int64_t work = p.B * (p.I + p.H + 8) * 4 * p.H;
-  if (few_rows(p)) {
-    pool.run(
-        unit_blocks, work,
-        [](const void* context, int64_t i) {
-          forward_dots(*static_cast<const Forward<T>*>(context), i * kLanes<Accumulate<T>>);
-        },
-        &p);
-  } else {
-    struct Context {
-      const Forward<T>& p;
-      int64_t unit_blocks, pieces;
-    } context{p, unit_blocks, row_pieces(p.B, unit_blocks, pool.threads)};
-    pool.run(
-        unit_blocks * context.pieces, work,
-        [](const void* opaque, int64_t i) {
-          const Context& t = *static_cast<const Context*>(opaque);
-          forward_panel(t.p, i % t.unit_blocks * kLanes<Accumulate<T>>,
-                        piece(i / t.unit_blocks, t.pieces, t.p.B, kTileRows));
-        },
-        &context);
-  }
+  const int64_t blocks = (p.H + N - 1) / N;
+  struct Context {
+    const Forward<T>& p;
+    int64_t blocks, pieces;
+  } context{p, blocks, row_pieces(p.B, blocks, pool.threads)};
+  const auto run = [&](auto task) {
+    pool.run(blocks * context.pieces, p.B * (p.I + p.H + 8) * 4 * p.H, task, &context);
+  };
+  if (few_rows(p))
+    run([](const void* opaque, int64_t i) {
+      const Context& t = *static_cast<const Context*>(opaque);
+      forward_dot(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kDots<Accumulate<T>> / 4));
+    });
+  else
+    run([](const void* opaque, int64_t i) {
+      const Context& t = *static_cast<const Context*>(opaque);
+      forward_panel(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kTileRows));
+    });
 }
 
 }  // namespace LSTMFUSED_VARIANT

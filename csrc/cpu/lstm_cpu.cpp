@@ -1,9 +1,9 @@
 // The operators on CPU tensors: Tensor -> struct, threads, choice of instruction set.
+#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <pthread.h>
 #include <torch/library.h>
@@ -102,8 +102,10 @@ StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_
   const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
   const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
 
-  const Tensor h = at::empty({B, H}, input_.options()), c = at::empty_like(h);
-  const Tensor gates = at::empty({save_gates ? B : 0, 4 * H}, input_.options());
+  const auto make = [dtype = input_.scalar_type()](int64_t rows, int64_t columns) -> Tensor {
+    return at::detail::empty_cpu({rows, columns}, dtype);  // at::empty without its trip through dispatch
+  };
+  const Tensor h = make(B, H), c = make(B, H), gates = make(save_gates ? B : 0, 4 * H);
   if (h.numel())
     with_kernels(input_.scalar_type(), [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;

@@ -250,6 +250,25 @@ LSTMFUSED_INLINE Vec<A> sum_each(Vec<A>* v) {
   }
 }
 
+// Every second lane of a and b together, from lane Odd on.
+template <class A, int Odd, int... I>
+LSTMFUSED_INLINE Vec<A> every_second(Vec<A> a, Vec<A> b, Lanes<I...>) {
+  using Int [[maybe_unused]] = IntVec<A>;
+  return LSTMFUSED_SHUFFLE(a, b, (2 * I + Odd)...);
+}
+
+// v holds (lanes, 4) row-major; v[i] becomes column i.
+template <class A>
+LSTMFUSED_INLINE void deinterleave(Vec<A>* v) {
+  const typename CountLanes<kLanes<A>>::type lanes{};
+  const Vec<A> even[] = {every_second<A, 0>(v[0], v[1], lanes), every_second<A, 0>(v[2], v[3], lanes)};
+  const Vec<A> odd[] = {every_second<A, 1>(v[0], v[1], lanes), every_second<A, 1>(v[2], v[3], lanes)};
+  v[0] = every_second<A, 0>(even[0], even[1], lanes);
+  v[1] = every_second<A, 0>(odd[0], odd[1], lanes);
+  v[2] = every_second<A, 1>(even[0], even[1], lanes);
+  v[3] = every_second<A, 1>(odd[0], odd[1], lanes);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // exp, sigmoid, tanh: x = n log 2 + r with |r| <= log(2) / 2; exp(r) - 1 by a polynomial.
 

@@ -1,0 +1,1 @@
+"""One LSTM step measured against its peers: ``python -m benchmarks --help``."""

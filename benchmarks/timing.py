@@ -1,0 +1,84 @@
+"""Times contestants in turns, so that whatever disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from statistics import quantiles
+
+ROUND = 3e-3  # seconds a turn lasts at least
+ROUNDS = range(3, 61)  # the fewest, for calls of a second; the most, where they are cheap
+# OpenMP's workers spin for about a millisecond after their last call, on the cores of whoever is
+# next if that is another pool; before each turn they are given the time to fall asleep.
+PAUSE = 2e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: median and quartiles over the rounds."""
+
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+    calls: int  # in a round
+
+
+def timed(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in repeat(None, calls):
+        call()
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def calls_per_round(call: Callable[[], object]) -> int:
+    calls = 1
+    while (elapsed := timed(call, calls)) < ROUND:
+        calls *= 2
+    # A hiccup ends this early, so what is not plainly long enough is looked at again.
+    if elapsed < 10 * ROUND:
+        while timed(call, calls) < ROUND:
+            calls *= 2
+    return calls
+
+
+@contextmanager
+def no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def measure(
+    steps: Mapping[str, Callable[[], object]], seconds: float, seed: int = 0
+) -> dict[str, Timing]:
+    """Round-robin in random order for about `seconds`."""
+    shuffle = random.Random(seed).shuffle
+    deadline = time.perf_counter() + seconds
+    with no_gc():
+        calls = {name: calls_per_round(step) for name, step in steps.items()}
+        samples: dict[str, list[float]] = {name: [] for name in steps}
+        for done in range(ROUNDS.stop - 1):
+            if done >= ROUNDS.start and time.perf_counter() > deadline:
+                break
+            order = list(steps)
+            shuffle(order)
+            for name in order:
+                time.sleep(PAUSE)
+                if calls[name] > 1:
+                    steps[name]()  # wakes the workers and fetches the weights
+                samples[name].append(timed(steps[name], calls[name]) / calls[name] * 1e6)
+
+    def timing(name: str) -> Timing:
+        q1, median, q3 = quantiles(samples[name], method="inclusive")
+        return Timing(median, q1, q3, len(samples[name]), calls[name])
+
+    return {name: timing(name) for name in steps}

@@ -1,0 +1,119 @@
+"""No figure without a check: every contestant is compared with the float64 reference first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lstmfused import reference
+
+from .shapes import Case
+
+Forward = Callable[[], tuple[Tensor, Tensor]]  # () -> h', c' (B,H)
+
+# Largest |value - reference| / max(1, |reference|) allowed in h' and c'. The reference is computed
+# in float64 from the same rounded weights and inputs, so this is the contestant's own error.
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+# A kernel may add up the K = I + H terms of a gate one after the other; its error is then a walk
+# of K steps. Up to TERMS terms TOLERANCE holds as it is, beyond it grows with the root of K.
+TERMS = 128
+# A peer may be this much further off: half-precision peers round every gate on the way.
+PEER_FACTOR = 4
+# A gradient is a sum over batch or gates whose terms cancel: its rounding follows the largest
+# element of the tensor, and grows with the number of terms.
+GRADIENT_FACTOR = 10
+
+
+class WrongResult(Exception):
+    """A contestant's numbers are not those of an LSTM cell."""
+
+
+class Problem:
+    """Inputs, weights and output gradients of one case; all contestants share these leaves."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        inputs, units = case.shape[:2]
+        batch, dtype = case.batch, getattr(torch, case.dtype)
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator).to(dtype)
+
+        def weight(*size: int) -> torch.nn.Parameter:  # as nn.LSTMCell draws them
+            uniform = torch.rand(size, generator=generator) * 2 - 1
+            return torch.nn.Parameter((uniform * units**-0.5).to(dtype))
+
+        self.case = case
+        self.input = normal(batch, inputs).requires_grad_()
+        self.hx = normal(batch, units).tanh().requires_grad_()
+        self.cx = normal(batch, units).requires_grad_()
+        self.weight_ih, self.weight_hh = weight(4 * units, inputs), weight(4 * units, units)
+        self.bias_ih, self.bias_hh = weight(4 * units), weight(4 * units)
+        self.grad_outputs = normal(batch, units), normal(batch, units)
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"input": self.input, "hx": self.hx, "cx": self.cx, **self.parameters}
+
+    def step(self, forward: Forward) -> Forward:
+        """What is timed: in training, forward and backward into the `.grad` of all leaves."""
+        if self.case.mode == "inference":
+            return forward
+        leaves = tuple(self.leaves.values())
+
+        def train() -> tuple[Tensor, Tensor]:
+            for leaf in leaves:
+                leaf.grad = None
+            outputs = forward()
+            torch.autograd.backward(outputs, self.grad_outputs)
+            return outputs
+
+        return train
+
+    @cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """h', c' and, in training, the gradients, in float64."""
+        training = self.case.mode == "training"
+        leaves = {k: v.detach().double().requires_grad_(training) for k, v in self.leaves.items()}
+        input, hx, cx, *weights = leaves.values()
+        h, c = reference.lstm_cell(input, (hx, cx), *weights)
+        if not training:
+            return {"h": h, "c": c}
+        grad_outputs = [grad.double() for grad in self.grad_outputs]
+        gradients = torch.autograd.grad((h, c), tuple(leaves.values()), grad_outputs)
+        named = {f"grad {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+        return {"h": h.detach(), "c": c.detach(), **named}
+
+
+def verify(name: str, problem: Problem, step: Forward) -> None:
+    """Runs `step` once; raises WrongResult unless h', c' and all gradients are right."""
+    h, c = step()
+    got: dict[str, Tensor | None] = {"h": h.detach(), "c": c.detach()}
+    got |= {f"grad {leaf}": tensor.grad for leaf, tensor in problem.leaves.items()}
+    tolerance = TOLERANCE[h.dtype] * max(1.0, sum(problem.case.shape[:2]) / TERMS) ** 0.5
+    tolerance *= 1 if name == "lstmfused" else PEER_FACTOR
+    for key, expected in problem.expected.items():
+        value = got[key]
+        where = f"{name} is wrong at {problem.case}: {key}"
+        if value is None or value.shape != expected.shape:
+            shape = None if value is None else tuple(value.shape)
+            raise WrongResult(f"{where} has shape {shape}, not {tuple(expected.shape)}")
+        scale, allowed = expected.abs(), tolerance
+        if key.startswith("grad"):
+            scale, allowed = scale.amax(), tolerance * GRADIENT_FACTOR
+        error = ((value.double() - expected).abs() / scale.clamp(min=1)).amax().item()
+        if not error <= allowed:  # so written, NaN is caught too
+            raise WrongResult(f"{where} is off by {error:.1e}, allowed is {allowed:.1e}")

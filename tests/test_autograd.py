@@ -1,0 +1,173 @@
+"""What the backward pass holds on to, what it hands out, and how it meets autograd's tools."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    Arguments,
+    cell,
+    check_gradient,
+    gradients,
+    oracle,
+    random_arguments,
+    random_like,
+)
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import lstmfused
+
+SHAPE = (6, 5, 19)
+
+
+def plain_gradients(arguments: Arguments) -> dict[str, Tensor]:
+    h, c = oracle(arguments)
+    return gradients(cell, arguments, random_like(h), random_like(c))
+
+
+@pytest.mark.parametrize("edited", [0, 1], ids=["h", "c"])
+def test_edited_output_leaves_backward_alone(edited: int) -> None:
+    arguments = random_arguments(*SHAPE)
+    expected = plain_gradients(arguments)
+    trainable = arguments.trainable()
+    outputs = cell(trainable)
+    outputs[edited].data.fill_(torch.nan)
+    grads = [random_like(output) for output in outputs]
+    found = torch.autograd.grad(outputs, trainable.present(), grads)
+    for actual, (name, want) in zip(found, expected.items(), strict=True):
+        assert torch.equal(actual, want), name
+
+
+@pytest.mark.parametrize("edited", [0, 1], ids=["h", "c"])
+def test_in_place_operation_on_output_is_differentiated(edited: int) -> None:
+    def doubled(arguments: Arguments) -> tuple[Tensor, Tensor]:
+        outputs = cell(arguments)
+        outputs[edited].mul_(2)
+        return outputs
+
+    arguments = random_arguments(*SHAPE)
+    grads = [random_like(output) for output in oracle(arguments)]
+    actual = gradients(doubled, arguments, *grads)
+    grads[edited] = grads[edited] * 2
+    for name, want in gradients(cell, arguments, *grads).items():
+        assert torch.equal(actual[name], want), name
+
+
+@pytest.mark.parametrize("name", ["input", "h", "c", "weight_ih", "weight_hh"])
+def test_edited_argument_is_noticed(name: str) -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    with torch.no_grad():
+        getattr(arguments, name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward((h.sum(), c.sum()))
+
+
+def test_gradients_do_not_share_memory() -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    torch.autograd.backward((h.sum(), c.sum()))
+    grads = {name: t.grad for name, t in arguments._asdict().items()}
+    expected = {name: grad.clone() for name, grad in grads.items()}
+    for edited, grad in grads.items():
+        grad.fill_(torch.nan)
+        for name in grads.keys() - {edited}:
+            assert torch.equal(grads[name], expected[name]), (edited, name)
+        grad.copy_(expected[edited])
+
+
+def test_gradients_do_not_share_memory_with_incoming_ones() -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    outputs = cell(arguments)
+    incoming = [random_like(output) for output in outputs]
+    before = [t.clone() for t in incoming]
+    for grad in torch.autograd.grad(outputs, arguments.present(), incoming):
+        grad.zero_()
+    assert all(map(torch.equal, incoming, before))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "every second"])
+def test_incoming_gradients_of_any_layout(layout: str) -> None:
+    arguments = random_arguments(*SHAPE)
+    h, c = oracle(arguments)
+    views = {
+        "expanded": lambda t: torch.ones(()).expand(t.shape),
+        "transposed": lambda t: random_like(t.mT).mT,
+        "every second": lambda t: random_like(torch.cat([t, t], 1))[:, ::2],
+    }
+    grads = [views[layout](t) for t in (h, c)]
+    assert not any(grad.is_contiguous() for grad in grads)
+    expected = gradients(oracle, arguments.double(), *(grad.double() for grad in grads))
+    for name, actual in gradients(cell, arguments, *grads).items():
+        check_gradient(name, actual, expected[name], layout)
+
+
+def test_sum_as_loss() -> None:
+    """The gradient of a sum is expanded from one number."""
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    torch.autograd.backward((h.sum(), c.sum()))
+    ones = torch.ones(h.shape, dtype=torch.float64)
+    expected = gradients(oracle, arguments.double(), ones, ones)
+    for name, t in arguments._asdict().items():
+        check_gradient(name, t.grad, expected[name], "sum")
+
+
+def test_gradients_accumulate() -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    for _ in range(2):
+        outputs = cell(arguments)
+        torch.autograd.backward(outputs, [random_like(output) for output in outputs])
+    for name, want in plain_gradients(arguments).items():
+        assert torch.equal(getattr(arguments, name).grad, 2 * want), name
+
+
+def test_one_tensor_as_two_arguments() -> None:
+    """x is h and W_ih is W_hh: gradients of both places add up."""
+    B, H = 5, 7
+    start = random_arguments(B, H, H)
+
+    def tied(arguments: Arguments) -> Arguments:
+        return arguments._replace(
+            h=arguments.input, c=arguments.input, weight_hh=arguments.weight_ih
+        )
+
+    one, wide = start.trainable(), start.double().trainable()
+    torch.autograd.backward(cell(tied(one))[0].square().sum())
+    torch.autograd.backward(oracle(tied(wide))[0].square().sum())
+    for name in ("input", "weight_ih", "bias_ih", "bias_hh"):
+        check_gradient(name, getattr(one, name).grad, getattr(wide, name).grad, "tied")
+
+
+def test_saved_tensors_may_be_offloaded() -> None:
+    arguments = random_arguments(*SHAPE)
+    expected = plain_gradients(arguments)
+    with torch.autograd.graph.save_on_cpu():
+        actual = plain_gradients(arguments)
+    packed: list[Tensor] = []
+
+    def pack(t: Tensor) -> int:
+        packed.append(t.detach().clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda k: packed[k]):
+        moved = plain_gradients(arguments)
+    assert packed
+    for name, want in expected.items():
+        assert torch.equal(actual[name], want), name
+        assert torch.equal(moved[name], want), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant: bool) -> None:
+    arguments = random_arguments(*SHAPE)
+    module = lstmfused.LSTMCell(5, 19)
+    module.load_state_dict(dict(zip(Arguments._fields[3:], arguments[3:], strict=True)))
+    x, h, c, *_ = arguments.map(torch.clone).trainable()
+    outputs = checkpoint(lambda x, *hx: module(x, hx), x, h, c, use_reentrant=use_reentrant)
+    grads = [random_like(output) for output in outputs]
+    torch.autograd.backward(outputs, grads)
+    named: dict[str, Any] = {"input": x, "h": h, "c": c, **dict(module.named_parameters())}
+    for name, want in gradients(cell, arguments, *grads).items():
+        assert torch.equal(named[name].grad, want), name

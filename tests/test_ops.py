@@ -1,0 +1,201 @@
+"""The operators under opcheck, fake tensors, torch.compile, torch.export and autocast."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    Arguments,
+    assert_close,
+    cell,
+    check_gradient,
+    check_output,
+    oracle,
+    random_arguments,
+)
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lstmfused
+
+# What torch's own opcheck and compiler stumble over.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]*. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+ops = torch.ops.lstmfused
+I, H = 5, 7
+FORMS: tuple[dict[str, Any], ...] = ({}, {"bias": (False, False)}, {"bias": (True, False)})
+
+
+def backward_arguments(B: int, dtype: torch.dtype) -> list[Any]:
+    x, h, c, weight_ih, weight_hh, _, _ = random_arguments(B, I, H, dtype)
+    grad, gates = torch.randn(B, H, dtype=dtype), torch.rand(B, 4 * H, dtype=dtype)
+    return [grad, grad, gates, x, h, c, weight_ih, weight_hh]
+
+
+@pytest.mark.parametrize("form", [*FORMS, {"state": False}], ids=str)
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, train: bool, form: dict[str, Any]) -> None:
+    for B in (None, 0, 1, 3):
+        arguments = random_arguments(B, I, H, dtype, **form)
+        torch.library.opcheck(ops.lstm_cell.default, arguments.trainable() if train else arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_inner(dtype: torch.dtype) -> None:
+    for B in (0, 1, 3):
+        for form in FORMS:
+            for save_gates in (True, False):
+                arguments = (*random_arguments(B, I, H, dtype, **form), save_gates)
+                torch.library.opcheck(ops.lstm_cell_forward.default, arguments)
+        given = backward_arguments(B, dtype)
+        for mask in ([True] * 6, [False] * 6, [True, False, True, False, True, False]):
+            for grads in (given[:2], [None, given[1]], [given[0], None]):
+                arguments = (*grads, *given[2:], mask)
+                torch.library.opcheck(ops.lstm_cell_backward.default, arguments)
+
+
+def describe(tensors: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype, t.stride()) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
+    for B in (None, 0, 1, 3):
+        for state in (True, False):
+            arguments = random_arguments(B, I, H, dtype, state=state)
+            expected = describe(cell(arguments))
+            assert describe(cell(arguments.map(lambda t: t.to("meta")))) == expected
+            with FakeTensorMode() as mode:
+                fake = arguments.map(mode.from_tensor)
+                assert describe(cell(fake)) == expected
+    for B in (0, 1, 3):
+        given = backward_arguments(B, dtype)
+        meta = [t.to("meta") for t in given]
+        for mask in ([True] * 6, [True, False] * 3, [False] * 6):
+            real = ops.lstm_cell_backward(*given, mask)
+            assert describe(ops.lstm_cell_backward(*meta, mask)) == describe(real)
+        for save in (True, False):
+            real = ops.lstm_cell_forward(*random_arguments(B, I, H, dtype), save)
+            fake = random_arguments(B, I, H, dtype).map(lambda t: t.to("meta"))
+            assert describe(ops.lstm_cell_forward(*fake, save)) == describe(real)
+
+
+@pytest.mark.parametrize("name", ["h", "c", "weight_ih", "weight_hh", "bias_ih"])
+def test_meta_tensors_of_wrong_shape(name: str) -> None:
+    meta = random_arguments(3, I, H).map(lambda t: t.to("meta"))
+    bad = torch.empty([n + 1 for n in getattr(meta, name).shape], device="meta")
+    with pytest.raises(RuntimeError):
+        cell(meta._replace(**{name: bad}))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def loss_of(module: lstmfused.LSTMCell, x: Tensor) -> Tensor:
+    """Three steps, of which each depends on the one before."""
+    h, c = module(x)
+    for _ in range(2):
+        h, c = module(x * 0.5, (h, c))
+    return torch.sum(h * c)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str) -> None:
+    """No graph break, and one graph more, not one for each batch, when the batch varies."""
+    counter = CompileCounterWithBackend(backend)
+    module = lstmfused.LSTMCell(I, H)
+    compiled = torch.compile(loss_of, fullgraph=True, backend=counter)
+    for B in (3, 5, 2, 8, 31, 64):
+        x = torch.randn(B, I, requires_grad=True)
+        parameters = [x, *module.parameters()]
+        found = torch.autograd.grad(compiled(module, x), parameters)
+        expected = torch.autograd.grad(loss_of(module, x), parameters)
+        for actual, want in zip(found, expected, strict=True):
+            check_gradient("compiled", actual, want, B)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_for_inference(backend: str) -> None:
+    module = lstmfused.LSTMCell(I, H)
+    compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for B in (3, 5, 2):
+            arguments = random_arguments(B, I, H)
+            expected = module(arguments.input, arguments.hx)
+            for name, actual, want in zip(
+                "hc", compiled(arguments.input, arguments.hx), expected, strict=True
+            ):
+                check_output(name, actual, want, B)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_unbatched_and_without_bias() -> None:
+    module = lstmfused.LSTMCell(I, H, bias=False)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    x = torch.randn(I)
+    assert_close(compiled(module, x), loss_of(module, x), torch.tensor(1e-6), "unbatched")
+
+
+def test_export() -> None:
+    module = lstmfused.LSTMCell(I, H).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    sample = random_arguments(3, I, H)
+    shapes = {"input": {0: batch}, "hx": ({0: batch}, {0: batch})}
+    program = torch.export.export(module, (sample.input, sample.hx), dynamic_shapes=shapes)
+    for B in (2, 3, 17):
+        x, hx = random_arguments(B, I, H).input, random_arguments(B, I, H).hx
+        for name, actual, want in zip("hc", program.module()(x, hx), module(x, hx), strict=True):
+            check_output(name, actual, want, B)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """Inside autocast float32 arguments are rounded to the half type, and results have it."""
+    for B, form in ((None, {}), (3, {}), (3, {"state": False}), (3, {"bias": (False, False)})):
+        arguments = random_arguments(B, I, H, **form)
+        with torch.autocast("cpu", dtype):
+            outputs = cell(arguments.trainable())
+        expected = oracle(arguments.map(lambda t: t.to(dtype)).double())
+        for name, actual, want in zip("hc", outputs, expected, strict=True):
+            assert actual.dtype == dtype
+            check_output(name, actual, want, (B, form))
+
+
+def test_gradients_of_autocast() -> None:
+    arguments: Arguments = random_arguments(3, I, H).trainable()
+    with torch.autocast("cpu", torch.bfloat16):
+        h, c = cell(arguments)
+        mixed, _ = cell(arguments._replace(h=h, c=c))  # float32 input, bfloat16 state
+    torch.autograd.backward([t.float().sum() for t in (h, c, mixed)])
+    wide = arguments.double().trainable()
+    h, c = oracle(wide)
+    torch.autograd.backward([t.sum() for t in (h, c, oracle(wide._replace(h=h, c=c))[0])])
+    for name, t in arguments._asdict().items():
+        assert t.grad.dtype == torch.float32
+        want = getattr(wide, name).grad
+        # Weights and inputs are rounded too: as many roundings again as the gradient's own.
+        bound = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max().clamp(min=1)
+        assert_close(t.grad, want, bound, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_autocast_switched_off_inside(dtype: torch.dtype) -> None:
+    arguments = random_arguments(3, I, H, dtype)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        for actual, want in zip(cell(arguments), cell(arguments), strict=True):
+            assert actual.dtype == dtype
+            assert torch.equal(actual, want)

@@ -1,0 +1,180 @@
+"""Threads, processes and instruction sets."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    Arguments,
+    cell,
+    gradients,
+    random_arguments,
+    random_like,
+    run_python,
+)
+from torch import Tensor
+
+import lstmfused
+
+VARIANTS = ("default", "avx2", "avx512")
+SHAPES = (
+    (1, 16, 16),
+    (1, 512, 512),
+    (5, 17, 33),
+    (8, 128, 128),
+    (97, 51, 51),
+    (64, 256, 130),
+    (33, 1030, 70),
+    (2000, 20, 20),
+    (200, 512, 512),
+)
+HERE = Path(__file__).parent
+
+# Everything but the cell is made before the fork: torch's own threaded operators hang after it.
+FORK = """
+import hashlib, os, sys, torch
+from cases import cell, random_arguments
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
+
+def call():
+    outputs = cell(arguments)
+    return digest([*outputs, *torch.autograd.grad(outputs, arguments.present(), grads)])
+
+torch.set_num_threads(2)
+arguments = random_arguments(64, 256, 256).trainable()
+grads = [torch.ones(64, 256)] * 2
+before = call() if sys.argv[1] == "used" else None
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writing, (call() + call()).encode())
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+twice = os.read(reading, 1000).decode()
+assert twice == 2 * call(), "the child computed something else"
+assert before in (None, call()), "the parent computes something else after the fork"
+"""
+
+
+def everything(arguments: Arguments) -> list[Tensor]:
+    """Outputs of inference and of training, and all gradients."""
+    h, c = cell(arguments)
+    trained = [t.detach() for t in cell(arguments.trainable())]
+    found = gradients(cell, arguments, random_like(h, 1), random_like(c, 2))
+    return [h, c, *trained, *found.values()]
+
+
+def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        arguments = random_arguments(*shape, dtype)
+        torch.set_num_threads(1)
+        expected = everything(arguments)
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert same_bits(everything(arguments), expected), (shape, threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        arguments = random_arguments(*shape, dtype)
+        expected = everything(arguments)
+        for _ in range(3):
+            assert same_bits(everything(arguments.map(torch.clone)), expected), shape
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_several_python_threads_at_once() -> None:
+    work = [random_arguments(*shape, seed=seed) for seed in range(4) for shape in SHAPES]
+    expected = [everything(arguments) for arguments in work]
+    with ThreadPoolExecutor(6) as pool:
+        for found, want in zip(pool.map(everything, work), expected, strict=True):
+            assert same_bits(found, want)
+
+
+def test_python_runs_during_a_call() -> None:
+    """A thread that only wakes up and counts does so while the kernel runs."""
+    arguments = random_arguments(6000, 512, 512)
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        start = time.perf_counter()
+        cell(arguments)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        thread.join()
+    assert end - start > 0.02, "too short a call to tell"
+    # With the lock held throughout, at most one tick falls on each end of the call.
+    assert sum(start < t < end for t in ticks) >= 4
+
+
+@pytest.mark.parametrize("parent", ["fresh", "used"])
+def test_after_fork(parent: str) -> None:
+    """Also where the parent's pool of threads, which no child inherits, has run before."""
+    run_python("-c", FORK, parent, timeout=120)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_instruction_set(variant: str) -> None:
+    """The numerical tests again, in a process that is told to use this instruction set."""
+    capability = "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"
+    best = run_python("-c", capability).strip()
+    if best not in VARIANTS or VARIANTS.index(variant) > VARIANTS.index(best):
+        pytest.skip(f"this processor has {best}, not {variant}")
+    question = "import lstmfused; print(lstmfused.build_info()['cpu kernel'])"
+    answer = run_python("-c", question, ATEN_CPU_CAPABILITY=variant)
+    assert answer.strip() == variant
+    tests = [
+        "test_parity.py::test_every_size_and_batch",
+        "test_parity.py::test_special_values",
+        "test_parity.py::test_activations_over_their_whole_range",
+        "test_gradients.py::test_every_form",
+        "test_gradients.py::test_large",
+        "test_runtime.py::test_any_number_of_threads_gives_the_same_bits",
+    ]
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:randomly")
+    run_python(
+        "-m",
+        "pytest",
+        *options,
+        *(str(HERE / test) for test in tests),
+        timeout=900,
+        ATEN_CPU_CAPABILITY=variant,
+    )
+
+
+def test_best_instruction_set_is_the_default() -> None:
+    question = "import lstmfused, torch; print(lstmfused.build_info()['cpu kernel'], "
+    question += "torch.backends.cpu.get_cpu_capability().lower())"
+    ours, torchs = run_python("-c", question).split()
+    if torchs not in VARIANTS:
+        pytest.skip(f"torch calls this processor {torchs}, for which no variant is named")
+    assert ours == torchs
+
+
+def test_build_info() -> None:
+    info = lstmfused.build_info()
+    assert info["cpu kernel"] in VARIANTS
+    printed = run_python("-m", "lstmfused")
+    assert "cpu kernel" in printed
+    assert all(isinstance(key, str) and isinstance(info[key], str) for key in info)
