@@ -46,67 +46,123 @@ static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int
   }
 }
 
-// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks of rows and panels.
+// ---------------------------------------------------------------------------------------------------
+// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks: each some rows by some panels.
+//
+//   kPanels   many rows over one panel at a time, copied to where it stays in cache
+//   kFewRows  right is read once, nearly in the order in which it lies, and rows of sums stay in cache
+//   kShallow  out is written once, in order, and right stays in cache
+
+constexpr int64_t kFew = 2 * kTileRows, kShallowDepth = 32, kFewRowsDepth = 16;
+
 template <class T>
 struct Product {
   using A = Accumulate<T>;
+  enum Kind { kPanels, kFewRows, kShallow };
+  static constexpr int L = kLanes<A>;
+  static constexpr int64_t W = kWidth<A>;
+
   const A* left;
   const T* right;
   int64_t right_stride;
   T* out;
   int64_t M, K, N;
-  int64_t panels, pieces;
+  Kind kind;
+  int64_t across, down;  // tasks
 
-  int64_t tasks() const { return out ? panels * pieces : 0; }
-};
-
-template <class T>
-static Product<T> product(const Accumulate<T>* left, const T* right, int64_t right_stride, T* out,
-                          int64_t M, int64_t K, int64_t N, int64_t threads) {
-  constexpr int W = kWidth<Accumulate<T>>;
-  const int64_t panels = (N + W - 1) / W;
-  return {left, right, right_stride, out, M, K, N, panels, M && N ? row_pieces(M, panels, threads) : 0};
-}
-
-template <class T>
-static void run_task(const Product<T>& p, int64_t task) {
-  using A = Accumulate<T>;
-  constexpr int L = kLanes<A>;
-  constexpr int64_t W = kWidth<A>;
-  const int64_t column = task % p.panels * W;
-  const Range rows = piece(task / p.panels, p.pieces, p.M, kTileRows);
-  const int64_t columns = p.N - column < W ? p.N - column : W;
-  Scratch<A> scratch;
-
-  // Full panels of A accumulate in place; others in scratch, and are converted or cut at the end.
-  bool in_place = false;
-  A* sums = scratch.sums;
-  int64_t sums_stride = W;
-  if constexpr (sizeof(T) == sizeof(A))
-    if (columns == W) {
-      in_place = true;
-      sums = p.out + rows.begin * p.N + column;
-      sums_stride = p.N;
-    }
-
-  const A* left = p.left + rows.begin * p.K;
-  for (int64_t k = 0; k < p.K || k == 0; k += kDepth) {
-    const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
-    const T* right = p.right + k * p.right_stride + column;
-    // A copy pays for itself once enough rows pass over it, and lets a cut panel be read in full.
-    if (columns == W && (rows.size <= 2 * kTileRows || depth <= 32)) {
-      multiply(rows.size, left + k, p.K, right, p.right_stride, depth, sums, sums_stride, k == 0);
+  Product(const A* left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t K, int64_t N,
+          int64_t threads)
+      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(K), N(N) {
+    const int64_t panels = (N + W - 1) / W;
+    if (K <= kShallowDepth) {
+      kind = kShallow;
+      across = 1;
+      down = (M + 8 * kTileRows - 1) / (8 * kTileRows);
+    } else if (M <= kFew) {
+      kind = kFewRows;
+      const int64_t most = kRows / kFew;  // panels for which scratch has sums
+      across = (panels + most - 1) / most;
+      if (across < threads) across = threads < panels ? threads : panels;
+      down = 1;
     } else {
-      copy_panel(scratch.panel, right, p.right_stride, columns, depth);
-      multiply(rows.size, left + k, p.K, scratch.panel, W, depth, sums, sums_stride, k == 0);
+      kind = kPanels;
+      across = panels;
+      down = row_pieces(M, panels, threads);
     }
   }
-  if (in_place) return;
-  for (int64_t row = 0; row < rows.size; row++)
-    for (int v = 0; v < kPanel && v * L < columns; v++)
-      store_upto(p.out + (rows.begin + row) * p.N + column + v * L, load(sums + row * W + v * L),
-                 columns - v * L);
-}
+
+  int64_t tasks() const { return out ? across * down : 0; }
+  int64_t work() const { return out ? M * K * N : 0; }
+
+  void run(int64_t task) const {
+    const Range columns = piece(task % across, across, N, W);
+    const Range rows = piece(task / across, down, M, kTileRows);
+    switch (kind) {
+      case kPanels: return run_panel(rows, columns);
+      case kFewRows: return run_few_rows(rows, columns);
+      case kShallow: return run_shallow(rows, columns);
+    }
+  }
+
+  // sums (rows, W) += left (rows, depth) @ right (depth, columns), from depth k and `column` on
+  void add(A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t column,
+           bool copy, A* panel, bool fresh) const {
+    const A* from = left + row * K + k;
+    const T* block = right + k * right_stride + column;
+    if (copy || N - column < W) {
+      copy_panel(panel, block, right_stride, N - column, depth);
+      multiply(rows, from, K, panel, W, depth, sums, sums_stride, fresh);
+    } else {
+      multiply(rows, from, K, block, right_stride, depth, sums, sums_stride, fresh);
+    }
+  }
+
+  void write(const A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t column,
+             int64_t columns) const {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c += L)
+        store_upto(out + (row + r) * N + column + c, load(sums + r * sums_stride + c), columns - c);
+  }
+
+  // Where sums need neither conversion nor a cut, they are formed in place.
+  A* in_place(int64_t row, int64_t column) const {
+    if constexpr (sizeof(T) == sizeof(A))
+      if (column + W <= N) return out + row * N + column;
+    return nullptr;
+  }
+
+  void run_panel(Range rows, Range columns) const {
+    Scratch<A> scratch;
+    A* place = in_place(rows.begin, columns.begin);
+    A* sums = place ? place : scratch.sums;
+    const int64_t stride = place ? N : W;
+    for (int64_t k = 0; k < K; k += kDepth)
+      add(sums, stride, rows.begin, rows.size, k, K - k < kDepth ? K - k : kDepth, columns.begin, true,
+          scratch.panel, k == 0);
+    if (!place) write(sums, stride, rows.begin, rows.size, columns.begin, columns.size);
+  }
+
+  void run_few_rows(Range rows, Range columns) const {
+    Scratch<A> scratch;
+    const int64_t stride = (columns.size + W - 1) / W * W;
+    for (int64_t k = 0; k < K; k += kFewRowsDepth)
+      for (int64_t c = 0; c < columns.size; c += W)
+        add(scratch.sums + c, stride, rows.begin, rows.size, k, K - k < kFewRowsDepth ? K - k : kFewRowsDepth,
+            columns.begin + c, false, scratch.panel, k == 0);
+    write(scratch.sums, stride, rows.begin, rows.size, columns.begin, columns.size);
+  }
+
+  void run_shallow(Range rows, Range columns) const {
+    alignas(64) A panel[kShallowDepth * W], scratch[kTileRows * W];
+    for (int64_t r = 0; r < rows.size; r += kTileRows)
+      for (int64_t c = columns.begin; c < N; c += W) {
+        const int64_t row = rows.begin + r, height = rows.size - r < kTileRows ? rows.size - r : kTileRows;
+        A* place = in_place(row, c);
+        add(place ? place : scratch, place ? N : W, row, height, 0, K, c, false, panel, true);
+        if (!place) write(scratch, W, row, height, c, N - c < W ? N - c : W);
+      }
+  }
+};
 
 // grad_bias (4H) = the sum of grad_gates over rows, for one panel's width of gates; like a product's sums,
 // anew for every stretch of rows.
@@ -151,23 +207,23 @@ static void backward(const Backward<T>& p, const Pool& pool) {
     const Backward<T>& p;
     Product<T> products[4];
   } tasks{p,
-          {product(p.grad_gates, p.weight_ih, p.I, p.grad_input, p.B, G, p.I, pool.threads),
-           product(p.grad_gates, p.weight_hh, p.H, p.grad_hx, p.B, G, p.H, pool.threads),
-           product<T>(p.grad_gates_t, p.input, p.input_stride, p.grad_weight_ih, G, p.B, p.I, pool.threads),
-           product<T>(p.grad_gates_t, p.hx, p.hx_stride, p.grad_weight_hh, G, p.B, p.H, pool.threads)}};
+          {{p.grad_gates, p.weight_ih, p.I, p.grad_input, p.B, G, p.I, pool.threads},
+           {p.grad_gates, p.weight_hh, p.H, p.grad_hx, p.B, G, p.H, pool.threads},
+           {p.grad_gates_t, p.input, p.input_stride, p.grad_weight_ih, G, p.B, p.I, pool.threads},
+           {p.grad_gates_t, p.hx, p.hx_stride, p.grad_weight_hh, G, p.B, p.H, pool.threads}}};
   constexpr int64_t W = kWidth<Accumulate<T>>;
   int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? p.B * G : 0;
-  for (const Product<T>& each : tasks.products) {
-    count += each.tasks();
-    if (each.out) work += each.M * each.K * each.N;
+  for (const Product<T>& product : tasks.products) {
+    count += product.tasks();
+    work += product.work();
   }
   pool.run(
       count, work,
       [](const void* context, int64_t i) {
         const Tasks& t = *static_cast<const Tasks*>(context);
-        for (const Product<T>& each : t.products) {
-          if (i < each.tasks()) return run_task(each, i);
-          i -= each.tasks();
+        for (const Product<T>& product : t.products) {
+          if (i < product.tasks()) return product.run(i);
+          i -= product.tasks();
         }
         bias_gradient(t.p, i * W);
       },
