@@ -73,10 +73,18 @@ static void forward_panel(const Forward<T>& p, int64_t u, Range rows) {
 // dots are ordered (rows, units, gates). One stretch of K at a time, so that the weights of a unit stay in
 // the first-level cache while all rows pass.
 
-template <class A>
-constexpr int kDots = kLanes<A> >= 16 ? 16 : 8;  // sums in flight
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kDots = 16;  // sums in flight, of 32 registers
+#else
+constexpr int kDots = 8;  // of 16
+#endif
 template <class A>
 constexpr int kStretch = 2048 / sizeof(A);
+
+// Weights beyond this many bytes come from memory. The processor does not foresee four rows in four pages,
+// so the rows of the unit after next are asked for while this one is worked on; where weights are in cache
+// that would only cost.
+constexpr int64_t kFarBytes = 16 << 20;
 
 // A stretch of one of the two products: left (rows, depth), weight (4, H, depth).
 template <class T>
@@ -85,14 +93,18 @@ struct Stretch {
   int64_t left_stride;
   const T* weight;
   int64_t weight_stride, depth;
+  bool far;
 };
 
-template <int Units, int Rows, class T, class A = Accumulate<T>>
-LSTMFUSED_INLINE void add_dots(Vec<Accumulate<T>>* dots, const Stretch<T>& s, int64_t H, int64_t row, int64_t u) {
+template <int Units, int Rows, bool Prefetch, class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE void add_dots(Vec<A>* dots, const Stretch<T>& s, int64_t H, int64_t row, int64_t u) {
   constexpr int N = kLanes<A>;
   const auto step = [&](int64_t k, auto load_part) {
     Vec<A> x[Rows];
     for (int r = 0; r < Rows; r++) x[r] = load_part(s.left + (row + r) * s.left_stride + k);
+    if (Prefetch)
+      for (int gate = 0; gate < 4; gate++)
+        __builtin_prefetch(s.weight + (gate * H + u + 2 * Units) * s.weight_stride + k);
     for (int i = 0; i < Units; i++)
       for (int gate = 0; gate < 4; gate++) {
         const Vec<A> w = load_part(s.weight + (gate * H + u + i) * s.weight_stride + k);
@@ -106,11 +118,16 @@ LSTMFUSED_INLINE void add_dots(Vec<Accumulate<T>>* dots, const Stretch<T>& s, in
 
 // sums (rows, lanes of units, 4 gates)
 template <int Units, int Rows, class T, class A = Accumulate<T>>
-static void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row, int64_t u, A* sums) {
+static __attribute__((noinline)) void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row, int64_t u, A* sums) {
   constexpr int N = kLanes<A>, Dots = 4 * Units * Rows;
   Vec<A> dots[(Dots + N - 1) / N * N] = {};
-  add_dots<Units, Rows>(dots, stretches[0], H, row, u);
-  add_dots<Units, Rows>(dots, stretches[1], H, row, u);
+  if (stretches->far && row == 0) {
+    add_dots<Units, Rows, true>(dots, stretches[0], H, row, u);
+    add_dots<Units, Rows, true>(dots, stretches[1], H, row, u);
+  } else {
+    add_dots<Units, Rows, false>(dots, stretches[0], H, row, u);
+    add_dots<Units, Rows, false>(dots, stretches[1], H, row, u);
+  }
   alignas(64) A sum[Dots + N];
   for (int i = 0; i < Dots; i += N) store(sum + i, sum_each<A>(dots + i));
   for (int r = 0; r < Rows; r++)
@@ -120,16 +137,17 @@ static void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row, int64_
 template <class T>
 static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
   using A = Accumulate<T>;
-  constexpr int N = kLanes<A>, R = kDots<A> / 4;
+  constexpr int N = kLanes<A>, R = kDots / 4;
   constexpr int64_t S = kStretch<A>;
   const int64_t n = p.H - u0 < N ? p.H - u0 : N;
   alignas(64) A sums[kRows * 4 * N];
   for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});
 
+  const bool far = 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarBytes;
   const auto stretch = [&](const A* left, int64_t left_stride, const T* weight, int64_t K,
                            int64_t k) -> Stretch<T> {
     const int64_t depth = K - k < S ? K - k : S;
-    return {left + rows.begin * left_stride + k, left_stride, weight + u0 * K + k, K, depth > 0 ? depth : 0};
+    return {left + rows.begin * left_stride + k, left_stride, weight + u0 * K + k, K, depth > 0 ? depth : 0, far};
   };
   for (int64_t k = 0; k < p.I || k < p.H; k += S) {
     const Stretch<T> stretches[] = {stretch(p.input, p.input_stride, p.weight_ih, p.I, k),
@@ -143,7 +161,7 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
       for (row = 0; row + R <= rows.size; row += R) dot_tile<1, R>(stretches, p.H, row, u, sums);
     switch (rows.size - row) {
       case 3: tiles(dot_tile<1, 3, T>, 1, row, 0); break;
-      case 2: tiles(dot_tile<1, 2, T>, 1, row, tiles(dot_tile<R / 2, 2, T>, R / 2, row, 0)); break;
+      case 2: tiles(dot_tile<1, 2, T>, 1, row, 0); break;
       case 1: tiles(dot_tile<1, 1, T>, 1, row, tiles(dot_tile<R, 1, T>, R, row, 0)); break;
     }
   }
@@ -180,7 +198,7 @@ static void forward(const Forward<T>& p, const Pool& pool) {
   if (few_rows(p))
     run([](const void* opaque, int64_t i) {
       const Context& t = *static_cast<const Context*>(opaque);
-      forward_dot(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kDots<Accumulate<T>> / 4));
+      forward_dot(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kDots / 4));
     });
   else
     run([](const void* opaque, int64_t i) {
