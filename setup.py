@@ -59,8 +59,8 @@ setup(
     ext_modules=[
         CppExtension(
             "lstmfused._C",
-            [str(CSRC / source) for source in ("ops.cpp", "checks.cpp", "autograd.cpp", "cpu/lstm_cpu.cpp")],
-            # at::parallel_for is serial without OpenMP. Not linked: its symbols are torch's own copy.
+            [str(CSRC / f"{name}.cpp") for name in ("ops", "checks", "autograd", "cpu/lstm_cpu")],
+            # at::parallel_for is serial without OpenMP; not linked, for torch brings its own copy.
             extra_compile_args=["-O2", "-g0", "-Wall"]
             + (["-fopenmp"] if sys.platform == "linux" else []),
         )

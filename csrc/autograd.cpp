@@ -83,6 +83,7 @@ struct Step : torch::autograd::Function<Step> {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments);
     if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
 
+    at::AutoDispatchBelowADInplaceOrView guard;
     auto [input, hx, cx, weight_ih, weight_hh, bias] =
         lstm_cell_backward(optional(grads[0]), optional(grads[1]), saved[kArguments], saved[kInput],
                            saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh],

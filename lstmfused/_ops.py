@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["_C", "build_info"]
+
 _BUILD = "pip install --no-build-isolation ."
 
 
@@ -27,8 +29,7 @@ except ImportError as error:
     raise ImportError(f"lstmfused does not load ({error}): run `{_BUILD}` in its sources") from None
 
 
-@torch.library.register_fake("lstmfused::lstm_cell_forward")
-def _(
+def _fake_forward(
     input: Tensor,
     hx: Tensor,
     cx: Tensor,
@@ -46,8 +47,7 @@ def _(
     )
 
 
-@torch.library.register_fake("lstmfused::lstm_cell_backward")
-def _(
+def _fake_backward(
     grad_h: Tensor | None,
     grad_c: Tensor | None,
     gates: Tensor,
@@ -58,11 +58,22 @@ def _(
     weight_hh: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    shapes = [input.shape, hx.shape, cx.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:1]]
+    shapes = [
+        input.shape,
+        hx.shape,
+        cx.shape,
+        weight_ih.shape,
+        weight_hh.shape,
+        weight_hh.shape[:1],
+    ]
     return tuple(
         input.new_empty(shape if wanted else (0,))
         for shape, wanted in zip(shapes, output_mask, strict=True)
     )
+
+
+torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
+torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
 
 
 def build_info() -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .functional import lstm_cell
@@ -41,7 +40,9 @@ class LSTMCell(nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        p = self._parameters  # four times cheaper than the attributes, which come from here
+        p: dict[str, Any] = (
+            self._parameters
+        )  # four times cheaper than the attributes, which come from here
         try:
             weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
         except KeyError:  # a parametrization has put something else in a parameter's place
@@ -61,8 +62,8 @@ M = TypeVar("M", bound=nn.Module)
 def fuse(model: M) -> M:
     """Makes every :class:`torch.nn.LSTMCell` in ``model`` an :class:`LSTMCell`, in place.
 
-    Each cell stays the same object with the same parameters, hooks and mode, so optimizers and other
-    references remain valid. Subclasses with a ``forward`` of their own are left alone.
+    Each cell stays the same object with the same parameters, hooks and mode, so optimizers and
+    other references remain valid. Subclasses with a ``forward`` of their own are left alone.
 
     Returns:
         ``model``.

@@ -83,7 +83,7 @@ def test_dual_tensors() -> None:
         results = []
         for function in (cell, oracle):
             with forward_ad.dual_level():
-                dual = forward_ad.make_dual(t, random_like(t))  # type: ignore[no-untyped-call]
+                dual = forward_ad.make_dual(t, random_like(t))
                 outputs = function(arguments._replace(**{Arguments._fields[k]: dual}))
                 unpacked = map(forward_ad.unpack_dual, outputs)
                 results.append([part.clone() for pair in unpacked for part in pair])

@@ -105,8 +105,8 @@ struct Product {
   }
 
   // sums (rows, W) += left (rows, depth) @ right (depth, columns), from depth k and `column` on
-  void add(A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t column,
-           bool copy, A* panel, bool fresh) const {
+  void add(A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t k, int64_t depth,
+           int64_t column, bool copy, A* panel, bool fresh) const {
     const A* from = left + row * K + k;
     const T* block = right + k * right_stride + column;
     if (copy || N - column < W) {
@@ -147,8 +147,8 @@ struct Product {
     const int64_t stride = (columns.size + W - 1) / W * W;
     for (int64_t k = 0; k < K; k += kFewRowsDepth)
       for (int64_t c = 0; c < columns.size; c += W)
-        add(scratch.sums + c, stride, rows.begin, rows.size, k, K - k < kFewRowsDepth ? K - k : kFewRowsDepth,
-            columns.begin + c, false, scratch.panel, k == 0);
+        add(scratch.sums + c, stride, rows.begin, rows.size, k,
+            K - k < kFewRowsDepth ? K - k : kFewRowsDepth, columns.begin + c, false, scratch.panel, k == 0);
     write(scratch.sums, stride, rows.begin, rows.size, columns.begin, columns.size);
   }
 

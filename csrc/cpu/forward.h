@@ -118,7 +118,8 @@ LSTMFUSED_INLINE void add_dots(Vec<A>* dots, const Stretch<T>& s, int64_t H, int
 
 // sums (rows, lanes of units, 4 gates)
 template <int Units, int Rows, class T, class A = Accumulate<T>>
-static __attribute__((noinline)) void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row, int64_t u, A* sums) {
+static __attribute__((noinline)) void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row,
+                                               int64_t u, A* sums) {
   constexpr int N = kLanes<A>, Dots = 4 * Units * Rows;
   Vec<A> dots[(Dots + N - 1) / N * N] = {};
   if (stretches->far && row == 0) {
@@ -147,7 +148,12 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
   const auto stretch = [&](const A* left, int64_t left_stride, const T* weight, int64_t K,
                            int64_t k) -> Stretch<T> {
     const int64_t depth = K - k < S ? K - k : S;
-    return {left + rows.begin * left_stride + k, left_stride, weight + u0 * K + k, K, depth > 0 ? depth : 0, far};
+    return {left + rows.begin * left_stride + k,
+            left_stride,
+            weight + u0 * K + k,
+            K,
+            depth > 0 ? depth : 0,
+            far};
   };
   for (int64_t k = 0; k < p.I || k < p.H; k += S) {
     const Stretch<T> stretches[] = {stretch(p.input, p.input_stride, p.weight_ih, p.I, k),

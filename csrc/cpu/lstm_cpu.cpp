@@ -3,8 +3,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <pthread.h>
 #include <torch/library.h>
 
@@ -91,6 +89,9 @@ T* out(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
+// at::empty without its trip through the dispatcher, which small calls would feel.
+Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::detail::empty_cpu(shape, dtype); }
+
 StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
                       const Tensor& weight_hh_, const OptionalTensor& bias_ih_,
                       const OptionalTensor& bias_hh_, bool save_gates) {
@@ -102,12 +103,11 @@ StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_
   const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
   const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
 
-  const auto make = [dtype = input_.scalar_type()](int64_t rows, int64_t columns) -> Tensor {
-    return at::detail::empty_cpu({rows, columns}, dtype);  // at::empty without its trip through dispatch
-  };
-  const Tensor h = make(B, H), c = make(B, H), gates = make(save_gates ? B : 0, 4 * H);
+  const at::ScalarType dtype = input_.scalar_type();
+  const Tensor h = empty({B, H}, dtype), c = empty({B, H}, dtype);
+  const Tensor gates = empty({save_gates ? B : 0, 4 * H}, dtype);
   if (h.numel())
-    with_kernels(input_.scalar_type(), [&](const auto& kernels) {
+    with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       using A = Accumulate<T>;
       kernels.forward({B, I, H, in<A>(input), input.stride(0), in<A>(hx), hx.stride(0), in<T>(cx),
@@ -132,23 +132,19 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
   const Tensor gates = gates_.contiguous(), input = rows(input_), hx = rows(hx_), cx = rows(cx_);
   const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
 
-  const auto options = input_.options();
-  // A batch of nothing still has weight gradients: zeros.
+  const at::ScalarType dtype = input_.scalar_type(), sums = at::toOpMathType(dtype);
   const auto make = [&](int index, at::IntArrayRef shape) {
-    return !output_mask[index] ? at::empty({0}, options)
-           : B                 ? at::empty(shape, options)
-                               : at::zeros(shape, options);
+    const Tensor gradient = empty(output_mask[index] ? shape : at::IntArrayRef{0}, dtype);
+    return B ? gradient : gradient.zero_();  // a batch of nothing still has weight gradients
   };
   const Gradients gradients{make(0, {B, I}),     make(1, {B, H}),     make(2, {B, H}),
                             make(3, {4 * H, I}), make(4, {4 * H, H}), make(5, {4 * H})};
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = gradients;
   if (!cx.numel()) return gradients;
 
-  const auto scratch = options.dtype(at::toOpMathType(input_.scalar_type()));
-  const Tensor grad_gates = at::empty({B, 4 * H}, scratch);
-  const Tensor grad_gates_t =
-      output_mask[3] || output_mask[4] ? at::empty({4 * H, B}, scratch) : at::empty({0}, scratch);
-  with_kernels(input_.scalar_type(), [&](const auto& kernels) {
+  const Tensor grad_gates = empty({B, 4 * H}, sums);
+  const Tensor grad_gates_t = empty({output_mask[3] || output_mask[4] ? 4 * H : 0, B}, sums);
+  with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
     using A = Accumulate<T>;
     kernels.backward({B,

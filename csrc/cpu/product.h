@@ -14,7 +14,7 @@ namespace LSTMFUSED_VARIANT {
 
 constexpr int kPanel = 4;    // vectors in a panel's row: in the forward step, one for each gate
 constexpr int kDepth = 256;  // rows of a panel in scratch: 64 KiB or less, in L2 together with the sums
-constexpr int kRows = 192;   // rows of sums in scratch
+constexpr int kRows = 384;   // rows of sums in scratch
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 6;  // of 32 registers: 24 sums, 4 of the panel
 #else
@@ -35,6 +35,8 @@ template <int R, class A, class P>
 static void multiply_tile(const A* left, int64_t left_stride, const P* panel, int64_t panel_stride,
                           int64_t depth, A* sums, int64_t sums_stride, bool fresh) {
   constexpr int N = kLanes<A>;
+  for (int r = 0; r < R; r++)  // wanted at the end, and likely a cache level away
+    for (int v = 0; v < kPanel; v++) __builtin_prefetch(sums + r * sums_stride + v * N, 1);
   Vec<A> s[R][kPanel] = {};
   for (int64_t k = 0; k < depth; k++) {
     Vec<A> x[R];
