@@ -33,6 +33,7 @@ settings.load_profile("lstmfused")
 sizes = st.integers(1, 70)
 batches = st.one_of(st.none(), st.integers(0, 70))
 dtypes = st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+wide = st.sampled_from((torch.float32, torch.float64))
 
 
 @st.composite
@@ -55,13 +56,15 @@ def test_outputs(arguments: Arguments) -> None:
     check_forward(arguments, "drawn")
 
 
-@given(valid_arguments(), st.sampled_from(("hc", "h", "c")))
+# Not in half types: where a drawn sum over rows happens to cancel, the roundings of its saved gates
+# are left, and no bound relative to the sum holds. test_gradients.py has sums that do not cancel.
+@given(valid_arguments(wide), st.sampled_from(("hc", "h", "c")))
 @settings(max_examples=150)
 def test_gradients(arguments: Arguments, use: str) -> None:
     check_gradients(arguments, use, use)
 
 
-@given(valid_arguments(st.sampled_from((torch.float32, torch.float64))))
+@given(valid_arguments(wide))
 @settings(max_examples=100)
 def test_outputs_equal_torch(arguments: Arguments) -> None:
     for actual, expected in zip(cell(arguments), torch_cell(arguments), strict=True):

@@ -54,6 +54,7 @@ static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int
 //   kShallow  out is written once, in order, and right stays in cache
 
 constexpr int64_t kFew = 2 * kTileRows, kShallowDepth = 32, kFewRowsDepth = 16;
+constexpr int64_t kRowsInPlace = 1024;  // so many rows of left still find room in a shared cache
 
 template <class T>
 struct Product {
@@ -87,7 +88,7 @@ struct Product {
     } else {
       kind = kPanels;
       across = panels;
-      down = row_pieces(M, panels, threads);
+      down = row_pieces(M, in_place(0, 0) ? kRowsInPlace : kRows, panels, threads);
     }
   }
 
@@ -111,9 +112,9 @@ struct Product {
     const T* block = right + k * right_stride + column;
     if (copy || N - column < W) {
       copy_panel(panel, block, right_stride, N - column, depth);
-      multiply(rows, from, K, panel, W, depth, sums, sums_stride, fresh);
+      multiply(rows, from, K, panel, W, depth, sums, sums_stride, N - column, fresh);
     } else {
-      multiply(rows, from, K, block, right_stride, depth, sums, sums_stride, fresh);
+      multiply(rows, from, K, block, right_stride, depth, sums, sums_stride, W, fresh);
     }
   }
 
@@ -133,13 +134,17 @@ struct Product {
 
   void run_panel(Range rows, Range columns) const {
     Scratch<A> scratch;
-    A* place = in_place(rows.begin, columns.begin);
-    A* sums = place ? place : scratch.sums;
-    const int64_t stride = place ? N : W;
-    for (int64_t k = 0; k < K; k += kDepth)
-      add(sums, stride, rows.begin, rows.size, k, K - k < kDepth ? K - k : kDepth, columns.begin, true,
-          scratch.panel, k == 0);
-    if (!place) write(sums, stride, rows.begin, rows.size, columns.begin, columns.size);
+    const bool here = in_place(rows.begin, columns.begin);
+    const int64_t most = here ? rows.size : kRows;
+    for (int64_t r = 0; r < rows.size; r += most) {
+      const int64_t row = rows.begin + r, height = rows.size - r < most ? rows.size - r : most;
+      A* sums = here ? in_place(row, columns.begin) : scratch.sums;
+      const int64_t stride = here ? N : W;
+      for (int64_t k = 0; k < K; k += kDepth)
+        add(sums, stride, row, height, k, K - k < kDepth ? K - k : kDepth, columns.begin, true, scratch.panel,
+            k == 0);
+      if (!here) write(sums, stride, row, height, columns.begin, columns.size);
+    }
   }
 
   void run_few_rows(Range rows, Range columns) const {
@@ -194,7 +199,7 @@ static void backward(const Backward<T>& p, const Pool& pool) {
     int64_t across;
   } blocks{p, (p.H + N - 1) / N};
   pool.run(
-      blocks.across * ((p.B + N - 1) / N), p.B * p.H * 32,
+      blocks.across * ((p.B + N - 1) / N), p.B * p.H * 100,
       [](const void* context, int64_t i) {
         const Blocks& t = *static_cast<const Blocks*>(context);
         const int64_t row = i / t.across * N, u = i % t.across * N;

@@ -45,26 +45,26 @@ static void forward_panel(const Forward<T>& p, int64_t u, Range rows) {
   const int64_t n = p.H - u < N ? p.H - u : N;
   Scratch<A> scratch;
 
-  Vec<A> start[kPanel];
-  for (int gate = 0; gate < 4; gate++) start[gate] = bias(p, gate, u, n);
-  for (int64_t row = 0; row < rows.size; row++)
-    for (int gate = 0; gate < 4; gate++) store(scratch.sums + row * kWidth<A> + gate * N, start[gate]);
-
+  bool fresh = true;
   const auto accumulate = [&](const A* left, int64_t left_stride, const T* weight, int64_t K) {
     for (int64_t k = 0; k < K; k += kDepth) {
       const int64_t depth = K - k < kDepth ? K - k : kDepth;
       for (int gate = 0; gate < 4; gate++)
         transpose_into(scratch.panel + gate * N, kWidth<A>, weight + (gate * p.H + u) * K + k, K, n, depth);
       multiply(rows.size, left + rows.begin * left_stride + k, left_stride, scratch.panel,
-               int64_t(kWidth<A>), depth, scratch.sums, int64_t(kWidth<A>), false);
+               int64_t(kWidth<A>), depth, scratch.sums, int64_t(kWidth<A>), int64_t(kWidth<A>), fresh);
+      fresh = false;
     }
   };
   accumulate(p.input, p.input_stride, p.weight_ih, p.I);
   accumulate(p.hx, p.hx_stride, p.weight_hh, p.H);
 
+  Vec<A> b[4];
+  for (int gate = 0; gate < 4; gate++) b[gate] = bias(p, gate, u, n);
   for (int64_t row = 0; row < rows.size; row++) {
     const A* s = scratch.sums + row * kWidth<A>;
-    finish(p, rows.begin + row, u, n, {load(s), load(s + N), load(s + 2 * N), load(s + 3 * N)});
+    finish(p, rows.begin + row, u, n,
+           {load(s) + b[0], load(s + N) + b[1], load(s + 2 * N) + b[2], load(s + 3 * N) + b[3]});
   }
 }
 
@@ -190,6 +190,8 @@ static bool few_rows(const Forward<T>& p) {
   return p.B <= 64;
 }
 
+constexpr int64_t kFinishWork = 50;  // what finish costs, in multiply-adds of each of the four sums
+
 template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
   constexpr int N = kLanes<Accumulate<T>>;
@@ -197,9 +199,9 @@ static void forward(const Forward<T>& p, const Pool& pool) {
   struct Context {
     const Forward<T>& p;
     int64_t blocks, pieces;
-  } context{p, blocks, row_pieces(p.B, blocks, pool.threads)};
+  } context{p, blocks, row_pieces(p.B, kRows, blocks, pool.threads)};
   const auto run = [&](auto task) {
-    pool.run(blocks * context.pieces, p.B * (p.I + p.H + 8) * 4 * p.H, task, &context);
+    pool.run(blocks * context.pieces, p.B * (p.I + p.H + kFinishWork) * 4 * p.H, task, &context);
   };
   if (few_rows(p))
     run([](const void* opaque, int64_t i) {

@@ -272,6 +272,31 @@ LSTMFUSED_INLINE void deinterleave(Vec<A>* v) {
 // ---------------------------------------------------------------------------------------------------
 // exp, sigmoid, tanh: x = n log 2 + r with |r| <= log(2) / 2; exp(r) - 1 by a polynomial.
 
+// min and max in which NaN stays NaN: of two operands, x86 returns the second if either is NaN.
+template <class A>
+LSTMFUSED_INLINE Vec<A> at_most(Vec<A> x, A limit) {
+  return x > limit ? broadcast(limit) : x;
+}
+template <class A>
+LSTMFUSED_INLINE Vec<A> at_least(Vec<A> x, A limit) {
+  return x < limit ? broadcast(limit) : x;
+}
+#if defined(__AVX512F__)
+LSTMFUSED_INLINE Vec<float> at_most(Vec<float> x, float limit) {
+  return (Vec<float>)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(limit), (__m512)x);
+}
+LSTMFUSED_INLINE Vec<float> at_least(Vec<float> x, float limit) {
+  return (Vec<float>)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(limit), (__m512)x);
+}
+#elif defined(__AVX2__)
+LSTMFUSED_INLINE Vec<float> at_most(Vec<float> x, float limit) {
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
+}
+LSTMFUSED_INLINE Vec<float> at_least(Vec<float> x, float limit) {
+  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(limit), (__m256)x);
+}
+#endif
+
 template <class A>
 struct ExpConstants;
 template <>
@@ -315,11 +340,8 @@ struct VectorMath {
 
   // 1 / (1 + exp(-x)); overflows of exp give exactly 0, as in torch.
   LSTMFUSED_INLINE F sigmoid(F x) {
-    F y = -x;
-    y = y > K::limit ? broadcast(A(K::limit)) : y;
-    y = y < -K::limit ? broadcast(A(-K::limit)) : y;
     Int n;
-    const F q = reduced_exp(y, n);
+    const F q = reduced_exp(at_least(at_most(-x, K::limit), -K::limit), n);
     const Int half = n >> 1;  // 2^n alone would leave the range of normal numbers
     return 1 / (1 + (1 + q) * power_of_two(half) * power_of_two(n - half));
   }
@@ -327,10 +349,8 @@ struct VectorMath {
   // -m / (m + 2) with m = exp(-2 |x|) - 1: small values keep their relative precision.
   LSTMFUSED_INLINE F tanh(F x) {
     const Int sign = (Int)x & (Int)broadcast(A(-0.0));
-    F y = -2 * (F)((Int)x ^ sign);
-    y = y < -40 ? broadcast(A(-40)) : y;
     Int n;
-    const F q = reduced_exp(y, n);
+    const F q = reduced_exp(at_least(-2 * (F)((Int)x ^ sign), A(-40)), n);
     const F scale = power_of_two(n), m = q * scale + (scale - 1);
     return (F)((Int)(-m / (m + 2)) ^ sign);
   }

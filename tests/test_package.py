@@ -1,0 +1,60 @@
+"""What a build that does not fit says: one line that names the command to mend it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lstmfused
+
+PACKAGE = Path(lstmfused.__file__).parent
+SETUP = PACKAGE.parent / "setup.py"
+REMEDY = "pip install --no-build-isolation ."
+
+
+def last_line(*command: str, cwd: Path, **environment: str) -> str:
+    """Of what a command says that fails."""
+    run = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    return run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("built_for", [None, "2.3.1", "12.13.0"])
+def test_import(tmp_path: Path, built_for: str | None) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "lstmfused")
+    build = tmp_path / "lstmfused" / "_build.py"
+    build.unlink()
+    if built_for:
+        build.write_text(f'TORCH = "{built_for}"\nVARIANTS = ""\n')
+    line = last_line("-c", "import lstmfused", cwd=tmp_path)
+    assert line.startswith("ImportError: lstmfused")
+    assert REMEDY in line
+    if built_for:
+        assert f"built for torch {built_for}, but torch {torch.__version__} is loaded" in line
+
+
+def test_extension_that_does_not_load(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "lstmfused")
+    (extension,) = (tmp_path / "lstmfused").glob("_C.*.so")
+    extension.write_bytes(b"not a library")
+    line = last_line("-c", "import lstmfused", cwd=tmp_path)
+    assert line.startswith("ImportError: lstmfused does not load")
+    assert REMEDY in line
+
+
+def test_build_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    line = last_line(str(SETUP), "--version", cwd=SETUP.parent, PYTHONPATH=str(tmp_path))
+    assert "install torch" in line
+    assert REMEDY in line
+
+
+def test_build_without_compiler(tmp_path: Path) -> None:
+    build = ("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    line = last_line(str(SETUP), *build, cwd=SETUP.parent, CXX="absent-compiler")
+    assert "needs a C++ compiler, and `absent-compiler` is not found" in line
