@@ -141,8 +141,8 @@ struct Product {
       A* sums = here ? in_place(row, columns.begin) : scratch.sums;
       const int64_t stride = here ? N : W;
       for (int64_t k = 0; k < K; k += kDepth)
-        add(sums, stride, row, height, k, K - k < kDepth ? K - k : kDepth, columns.begin, true, scratch.panel,
-            k == 0);
+        add(sums, stride, row, height, k, K - k < kDepth ? K - k : kDepth, columns.begin, true,
+            scratch.panel, k == 0);
       if (!here) write(sums, stride, row, height, columns.begin, columns.size);
     }
   }
