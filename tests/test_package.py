@@ -27,10 +27,9 @@ def last_line(*command: str, cwd: Path, **environment: str) -> str:
 @pytest.mark.parametrize("built_for", [None, "2.3.1", "12.13.0"])
 def test_import(tmp_path: Path, built_for: str | None) -> None:
     shutil.copytree(PACKAGE, tmp_path / "lstmfused")
-    build = tmp_path / "lstmfused" / "_build.py"
-    build.unlink()
-    if built_for:
-        build.write_text(f'TORCH = "{built_for}"\nVARIANTS = ""\n')
+    absent = "raise ModuleNotFoundError"  # deleted, it would be found through an editable install
+    build = f'TORCH = "{built_for}"\nVARIANTS = ""\n' if built_for else absent
+    (tmp_path / "lstmfused" / "_build.py").write_text(build)
     line = last_line("-c", "import lstmfused", cwd=tmp_path)
     assert line.startswith("ImportError: lstmfused")
     assert REMEDY in line
