@@ -63,7 +63,7 @@ def test_run(result: Path) -> None:
 def test_contestants_are_right(contestant: Contestant, dtype: str, mode: str) -> None:
     problem = Problem(case(mode, dtype))
     if contestant.missing() or not contestant.supports(problem.case):
-        pytest.skip(contestant.missing() or "unsupported")
+        pytest.skip(contestant.missing() or f"{contestant.name} has no {dtype} {mode}")
     with torch.set_grad_enabled(mode == "training"):
         verify(contestant.name, problem, problem.step(contestant.forward(problem)))
 
