@@ -2,6 +2,8 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
+# What the README shows.
+RESULT ?= benchmarks/results/amd-epyc-20261124.json
 
 PY      := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
@@ -19,6 +21,7 @@ lint: $(VENV)/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.* benchmarks/*.c
+	$(PY) -m benchmarks.report $(RESULT) --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
