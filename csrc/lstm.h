@@ -65,8 +65,9 @@ struct Backward {
   int64_t cx_stride;
   const T* weight_ih;  // (4H, I)
   const T* weight_hh;  // (4H, H)
-  A* grad_gates;       // (B, 4H) scratch
-  A* grad_gates_t;     // (4H, B) scratch, or null when no weight gradient is wanted
+  int64_t rows;        // of the batch that scratch has room for: backward_rows()
+  A* grad_gates;       // (rows, 4H) scratch
+  A* grad_gates_t;     // (4H, rows) scratch, or null when no weight gradient is wanted
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)
   T* grad_hx;         // (B, H)
@@ -75,5 +76,15 @@ struct Backward {
   T* grad_weight_hh;  // (4H, H)
   T* grad_bias;       // (4H)
 };
+
+// The batch is worked on in stretches whose gate gradients stay in a shared cache; each a multiple of the
+// depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.
+template <class T>
+static int64_t backward_rows(int64_t B, int64_t H) {
+  constexpr int64_t kBytes = 8 << 20, kMultiple = 256;
+  if (sizeof(T) != sizeof(Accumulate<T>)) return B;
+  const int64_t rows = kBytes / (4 * H * int64_t(sizeof(T))) / kMultiple * kMultiple;
+  return B <= rows ? B : rows < kMultiple ? (B < kMultiple ? B : kMultiple) : rows;
+}
 
 }  // namespace lstmfused

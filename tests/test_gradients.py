@@ -80,7 +80,15 @@ def test_every_form(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(200, 300, 130), (97, 51, 51), (300, 512, 128), (33, 1030, 70), (3, 512, 512)],
+    [
+        (200, 300, 130),
+        (97, 51, 51),
+        (300, 512, 128),
+        (33, 1030, 70),
+        (3, 512, 512),
+        (9, 1024, 1024),  # gradients of weights that fit no cache
+        (600, 20, 1024),  # a batch of more than one stretch
+    ],
     ids=str,
 )
 def test_large(shape: tuple[int, int, int], dtype: torch.dtype) -> None:

@@ -79,6 +79,7 @@ def test_negative_bit() -> None:
         (1030, 70, (1, 2, 6, 40, 150)),
         (2600, 33, (1, 4, 9, 65)),
         (33, 1030, (1, 5, 70)),
+        (1024, 1024, (2, 9, 10, 18)),  # weights that fit no cache
     ],
 )
 def test_large(I: int, H: int, batches: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -7,10 +7,13 @@
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
-// Gate gradients of one block: up to `lanes` rows by n units, written row-major and transposed, and the
-// gradient of cx.
+// A stretch of the batch: rows from `begin` on, whose gate gradients are in scratch.
+//
+// Gate gradients of one block of it: up to `lanes` rows by n units, written row-major and transposed, and
+// the gradient of cx.
 template <class T>
-static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int64_t u, int64_t n) {
+static void gate_gradients(const Backward<T>& p, Range stretch, int64_t row0, int64_t rows, int64_t u,
+                           int64_t n) {
   using A = Accumulate<T>;
   using Math = VectorMath<A>;
   constexpr int N = kLanes<A>;
@@ -18,7 +21,7 @@ static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int
   for (int64_t r = 0; r < N; r++) {
     Gates<Vec<A>> grad{};
     if (r < rows) {
-      const int64_t row = row0 + r;
+      const int64_t row = stretch.begin + row0 + r;
       const T* gates = p.gates + row * 4 * p.H + u;
       const Gates<Vec<A>> gate{load_upto(gates, n), load_upto(gates + p.H, n),
                                load_upto(gates + 2 * p.H, n), load_upto(gates + 3 * p.H, n)};
@@ -27,7 +30,7 @@ static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int
       Vec<A> grad_c = p.grad_c ? load_upto(p.grad_c + row * p.grad_c_stride + u, n) : Vec<A>{};
       grad = step_backward<Math>(gate, c, grad_h, grad_c);
       if (p.grad_cx) store_upto(p.grad_cx + row * p.H + u, grad_c, n);
-      A* out = p.grad_gates + row * 4 * p.H + u;
+      A* out = p.grad_gates + (row0 + r) * 4 * p.H + u;
       store_upto(out, grad.i, n);
       store_upto(out + p.H, grad.f, n);
       store_upto(out + 2 * p.H, grad.g, n);
@@ -42,53 +45,56 @@ static void gate_gradients(const Backward<T>& p, int64_t row0, int64_t rows, int
   for (int gate = 0; gate < 4; gate++) {
     transpose<A>(transposed[gate]);
     for (int64_t i = 0; i < n; i++)
-      store_upto(p.grad_gates_t + (gate * p.H + u + i) * p.B + row0, transposed[gate][i], rows);
+      store_upto(p.grad_gates_t + (gate * p.H + u + i) * stretch.size + row0, transposed[gate][i], rows);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------
-// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks: each some rows by some panels.
-//
-//   kPanels   many rows over one panel at a time, copied to where it stays in cache
-//   kFewRows  right is read once, nearly in the order in which it lies, and rows of sums stay in cache
-//   kShallow  out is written once, in order, and right stays in cache
+// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks, each some rows by some columns. A
+// block of right, as deep as one sum and as wide as the task, stays in the second-level cache while rows of
+// left pass over it, a tile of them at a time from the first column to the last, so that out is written in
+// order.
 
-constexpr int64_t kFew = 2 * kTileRows, kShallowDepth = 32, kFewRowsDepth = 16;
-constexpr int64_t kRowsInPlace = 1024;  // so many rows of left still find room in a shared cache
+constexpr int64_t kFew = 2 * kTileRows;  // so few rows leave a block of right no time to be fetched:
+constexpr int64_t kFewDepth = 16;        // then it is read nearly in the order in which it lies
+constexpr int64_t kBlockColumns = 256, kBlockRows = 192;
+constexpr int64_t kStreamedBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
 
 template <class T>
 struct Product {
   using A = Accumulate<T>;
-  enum Kind { kPanels, kFewRows, kShallow };
+  static constexpr bool kInPlace = sizeof(T) == sizeof(A);  // out holds sums; else they need a scratch
   static constexpr int L = kLanes<A>;
-  static constexpr int64_t W = kWidth<A>;
+  static constexpr int64_t W = kWidth<A>, kSums = kRows * W;
 
   const A* left;
   const T* right;
   int64_t right_stride;
   T* out;
   int64_t M, K, N;
-  Kind kind;
-  int64_t across, down;  // tasks
+  bool fresh;  // or added to what is in out, which then holds sums
+  int64_t depth, across, down;
+  bool past_cache;
 
   Product(const A* left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t K, int64_t N,
-          int64_t threads)
-      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(K), N(N) {
-    const int64_t panels = (N + W - 1) / W;
-    if (K <= kShallowDepth) {
-      kind = kShallow;
-      across = 1;
-      down = (M + 8 * kTileRows - 1) / (8 * kTileRows);
-    } else if (M <= kFew) {
-      kind = kFewRows;
-      const int64_t most = kRows / kFew;  // panels for which scratch has sums
-      across = (panels + most - 1) / most;
-      if (across < threads) across = threads < panels ? threads : panels;
-      down = 1;
-    } else {
-      kind = kPanels;
-      across = panels;
-      down = row_pieces(M, in_place(0, 0) ? kRowsInPlace : kRows, panels, threads);
+          bool fresh, int64_t threads)
+      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(K), N(N), fresh(fresh) {
+    depth = M <= kFew ? kFewDepth : kDepth;
+    past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kStreamedBytes &&
+                 N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    constexpr int64_t columns = kInPlace ? kBlockColumns : kSums / kBlockRows / W * W;
+    across = (N + columns - 1) / columns;
+    down = (M + kBlockRows - 1) / kBlockRows;
+    // Enough for every thread: first of rows, as long as there are many of them, then of columns.
+    while (across * down < 2 * threads) {
+      if (M / down >= 2 * kFew * 4)
+        down++;
+      else if (N / across >= 2 * W)
+        across++;
+      else if (M / down >= 2 * kFew)
+        down++;
+      else
+        break;
     }
   }
 
@@ -98,126 +104,102 @@ struct Product {
   void run(int64_t task) const {
     const Range columns = piece(task % across, across, N, W);
     const Range rows = piece(task / across, down, M, kTileRows);
-    switch (kind) {
-      case kPanels: return run_panel(rows, columns);
-      case kFewRows: return run_few_rows(rows, columns);
-      case kShallow: return run_shallow(rows, columns);
-    }
-  }
-
-  // sums (rows, W) += left (rows, depth) @ right (depth, columns), from depth k and `column` on
-  void add(A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t k, int64_t depth,
-           int64_t column, bool copy, A* panel, bool fresh) const {
-    const A* from = left + row * K + k;
-    const T* block = right + k * right_stride + column;
-    if (copy || N - column < W) {
-      copy_panel(panel, block, right_stride, N - column, depth);
-      multiply(rows, from, K, panel, W, depth, sums, sums_stride, N - column, fresh);
+    if constexpr (kInPlace) {
+      add_blocks(rows, columns, out + rows.begin * N + columns.begin, N);
+      if (past_cache) stream_end();
     } else {
-      multiply(rows, from, K, block, right_stride, depth, sums, sums_stride, W, fresh);
+      alignas(64) A sums[kSums];
+      const int64_t stride = (columns.size + L - 1) / L * L;
+      add_blocks(rows, columns, sums, stride);
+      for (int64_t r = 0; r < rows.size; r++)
+        for (int64_t c = 0; c < columns.size; c += L)
+          store_upto(out + (rows.begin + r) * N + columns.begin + c, load(sums + r * stride + c),
+                     columns.size - c);
     }
   }
 
-  void write(const A* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t column,
-             int64_t columns) const {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < columns; c += L)
-        store_upto(out + (row + r) * N + column + c, load(sums + r * sums_stride + c), columns - c);
+  // sums (rows, columns), row after row and block after block of right
+  void add_blocks(Range rows, Range columns, A* sums, int64_t stride) const {
+    for (int64_t k = 0; k < K; k += depth)
+      each_tile(rows.size, [&](auto R, int64_t row) {
+        const Rows<A> x{left + (rows.begin + row) * K + k, K, K - k < depth ? K - k : depth};
+        add_rows<R.value>(x, right + k * right_stride + columns.begin, columns.size, sums + row * stride,
+                          stride, fresh && k == 0);
+      });
   }
 
-  // Where sums need neither conversion nor a cut, they are formed in place.
-  A* in_place(int64_t row, int64_t column) const {
-    if constexpr (sizeof(T) == sizeof(A))
-      if (column + W <= N) return out + row * N + column;
-    return nullptr;
-  }
-
-  void run_panel(Range rows, Range columns) const {
-    Scratch<A> scratch;
-    const bool here = in_place(rows.begin, columns.begin);
-    const int64_t most = here ? rows.size : kRows;
-    for (int64_t r = 0; r < rows.size; r += most) {
-      const int64_t row = rows.begin + r, height = rows.size - r < most ? rows.size - r : most;
-      A* sums = here ? in_place(row, columns.begin) : scratch.sums;
-      const int64_t stride = here ? N : W;
-      for (int64_t k = 0; k < K; k += kDepth)
-        add(sums, stride, row, height, k, K - k < kDepth ? K - k : kDepth, columns.begin, true,
-            scratch.panel, k == 0);
-      if (!here) write(sums, stride, row, height, columns.begin, columns.size);
-    }
-  }
-
-  void run_few_rows(Range rows, Range columns) const {
-    Scratch<A> scratch;
-    const int64_t stride = (columns.size + W - 1) / W * W;
-    for (int64_t k = 0; k < K; k += kFewRowsDepth)
-      for (int64_t c = 0; c < columns.size; c += W)
-        add(scratch.sums + c, stride, rows.begin, rows.size, k,
-            K - k < kFewRowsDepth ? K - k : kFewRowsDepth, columns.begin + c, false, scratch.panel, k == 0);
-    write(scratch.sums, stride, rows.begin, rows.size, columns.begin, columns.size);
-  }
-
-  void run_shallow(Range rows, Range columns) const {
-    alignas(64) A panel[kShallowDepth * W], scratch[kTileRows * W];
-    for (int64_t r = 0; r < rows.size; r += kTileRows)
-      for (int64_t c = columns.begin; c < N; c += W) {
-        const int64_t row = rows.begin + r, height = rows.size - r < kTileRows ? rows.size - r : kTileRows;
-        A* place = in_place(row, c);
-        add(place ? place : scratch, place ? N : W, row, height, 0, K, c, false, panel, true);
-        if (!place) write(scratch, W, row, height, c, N - c < W ? N - c : W);
-      }
+  template <int R>
+  void add_rows(Rows<A> x, const T* block, int64_t columns, A* sums, int64_t stride, bool fresh) const {
+    prefetch_next<R>(x);
+    const auto tile = [&](auto V, int64_t c) {
+      multiply_tile<R, V.value>(x, Rows<A>{}, block + c, right_stride, sums + c, stride, fresh, columns - c,
+                                past_cache);
+    };
+    int64_t c = 0;
+    for (; c + W <= columns; c += W) tile(Constant<kPanel>{}, c);
+    if (c < columns) with_constant<kPanel>((columns - c + L - 1) / L, [&](auto V) { tile(V, c); });
   }
 };
 
-// grad_bias (4H) = the sum of grad_gates over rows, for one panel's width of gates; like a product's sums,
-// anew for every stretch of rows.
+// grad_bias (4H) = or += the sum of a stretch's grad_gates over its rows, for one panel's width of gates;
+// like a product's sums, anew for every kDepth rows.
 template <class T>
-static void bias_gradient(const Backward<T>& p, int64_t column) {
+static void bias_gradient(const Backward<T>& p, Range stretch, int64_t column) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>;
   const int64_t n = 4 * p.H - column;
-  Vec<A> total[kPanel] = {};
-  for (int64_t begin = 0; begin < p.B; begin += kDepth) {
-    Vec<A> sum[kPanel] = {};
-    const int64_t end = begin + kDepth < p.B ? begin + kDepth : p.B;
-    for (int64_t row = begin; row < end; row++)
-      for (int v = 0; v < kPanel && v * N < n; v++)
-        sum[v] += load_upto(p.grad_gates + row * 4 * p.H + column + v * N, n - v * N);
-    for (int v = 0; v < kPanel; v++) total[v] += sum[v];
+  for (int v = 0; v < kPanel && v * N < n; v++) {
+    T* out = p.grad_bias + column + v * N;
+    Vec<A> total = stretch.begin ? load_upto(out, n - v * N) : Vec<A>{};
+    for (int64_t begin = 0; begin < stretch.size; begin += kDepth) {
+      const int64_t end = begin + kDepth < stretch.size ? begin + kDepth : stretch.size;
+      Vec<A> sum{};
+      for (int64_t row = begin; row < end; row++)
+        sum += load_upto(p.grad_gates + row * 4 * p.H + column + v * N, n - v * N);
+      total += sum;
+    }
+    store_upto(out, total, n - v * N);
   }
-  for (int v = 0; v < kPanel && v * N < n; v++)
-    store_upto(p.grad_bias + column + v * N, total[v], n - v * N);
 }
 
 template <class T>
-static void backward(const Backward<T>& p, const Pool& pool) {
+static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& pool) {
   constexpr int N = kLanes<Accumulate<T>>;
-  const int64_t G = 4 * p.H;
+  const int64_t G = 4 * p.H, B = stretch.size, row = stretch.begin;
 
   struct Blocks {
     const Backward<T>& p;
+    Range stretch;
     int64_t across;
-  } blocks{p, (p.H + N - 1) / N};
+  } blocks{p, stretch, (p.H + N - 1) / N};
   pool.run(
-      blocks.across * ((p.B + N - 1) / N), p.B * p.H * 100,
+      blocks.across * ((B + N - 1) / N), B * p.H * 100,
       [](const void* context, int64_t i) {
         const Blocks& t = *static_cast<const Blocks*>(context);
-        const int64_t row = i / t.across * N, u = i % t.across * N;
-        gate_gradients(t.p, row, t.p.B - row < N ? t.p.B - row : N, u, t.p.H - u < N ? t.p.H - u : N);
+        const int64_t row = i / t.across * N, u = i % t.across * N, B = t.stretch.size, H = t.p.H;
+        gate_gradients(t.p, t.stretch, row, B - row < N ? B - row : N, u, H - u < N ? H - u : N);
       },
       &blocks);
 
   // All the rest is independent: one list of tasks, so that no thread waits for another's product.
   struct Tasks {
     const Backward<T>& p;
+    Range stretch;
     Product<T> products[4];
-  } tasks{p,
-          {{p.grad_gates, p.weight_ih, p.I, p.grad_input, p.B, G, p.I, pool.threads},
-           {p.grad_gates, p.weight_hh, p.H, p.grad_hx, p.B, G, p.H, pool.threads},
-           {p.grad_gates_t, p.input, p.input_stride, p.grad_weight_ih, G, p.B, p.I, pool.threads},
-           {p.grad_gates_t, p.hx, p.hx_stride, p.grad_weight_hh, G, p.B, p.H, pool.threads}}};
+  };
+  const auto of_rows = [&](const T* weight, T* out, int64_t K) -> Product<T> {
+    return {p.grad_gates, weight, K, out ? out + row * K : nullptr, B, G, K, true, pool.threads};
+  };
+  const auto of_weights = [&](const T* from, int64_t from_stride, T* out, int64_t K) -> Product<T> {
+    return {p.grad_gates_t, from + row * from_stride, from_stride, out, G, B, K, row == 0, pool.threads};
+  };
+  const Tasks tasks{p,
+                    stretch,
+                    {of_rows(p.weight_ih, p.grad_input, p.I), of_rows(p.weight_hh, p.grad_hx, p.H),
+                     of_weights(p.input, p.input_stride, p.grad_weight_ih, p.I),
+                     of_weights(p.hx, p.hx_stride, p.grad_weight_hh, p.H)}};
   constexpr int64_t W = kWidth<Accumulate<T>>;
-  int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? p.B * G : 0;
+  int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? B * G : 0;
   for (const Product<T>& product : tasks.products) {
     count += product.tasks();
     work += product.work();
@@ -230,9 +212,15 @@ static void backward(const Backward<T>& p, const Pool& pool) {
           if (i < product.tasks()) return product.run(i);
           i -= product.tasks();
         }
-        bias_gradient(t.p, i * W);
+        bias_gradient(t.p, t.stretch, i * W);
       },
       &tasks);
+}
+
+template <class T>
+static void backward(const Backward<T>& p, const Pool& pool) {
+  for (int64_t row = 0; row < p.B; row += p.rows)
+    backward_stretch(p, {row, p.B - row < p.rows ? p.B - row : p.rows}, pool);
 }
 
 }  // namespace LSTMFUSED_VARIANT

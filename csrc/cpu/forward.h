@@ -7,9 +7,9 @@
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
-// Bias of `gate` for n units from u on.
+// Both biases of `gate`, summed, for n units from u on.
 template <class T, class A = Accumulate<T>>
-LSTMFUSED_INLINE Vec<A> bias(const Forward<T>& p, int gate, int64_t u, int64_t n) {
+LSTMFUSED_INLINE Vec<A> sum_bias(const Forward<T>& p, int gate, int64_t u, int64_t n) {
   Vec<A> sum{};
   if (p.bias_ih) sum += load_upto(p.bias_ih + gate * p.H + u, n);
   if (p.bias_hh) sum += load_upto(p.bias_hh + gate * p.H + u, n);
@@ -35,145 +35,209 @@ LSTMFUSED_INLINE void finish(const Forward<T>& p, int64_t row, int64_t u, int64_
 }
 
 // ---------------------------------------------------------------------------------------------------
-// Many rows: vectors run along units. Weights of one vector of units, all four gates, are transposed
-// into a panel that every row of the piece uses; nothing of it is kept between calls.
+// Many rows: vectors run along the batch. The input and the state of a few vectors of rows are transposed
+// into a panel, and the weights pass over it as they lie.
 
-template <class T>
-static void forward_panel(const Forward<T>& p, int64_t u, Range rows) {
-  using A = Accumulate<T>;
+// The end of the step for up to `lanes` rows by n units: sums and bias (4, units, width), where `sums` is
+// the first of its rows and units, become c', h' and the gates.
+template <class T, class A = Accumulate<T>>
+static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t u, int64_t n, A* sums,
+                         const A* bias, int64_t units) {
+  using Math = VectorMath<A>;
   constexpr int N = kLanes<A>;
-  const int64_t n = p.H - u < N ? p.H - u : N;
-  Scratch<A> scratch;
-
-  bool fresh = true;
-  const auto accumulate = [&](const A* left, int64_t left_stride, const T* weight, int64_t K) {
-    for (int64_t k = 0; k < K; k += kDepth) {
-      const int64_t depth = K - k < kDepth ? K - k : kDepth;
-      for (int gate = 0; gate < 4; gate++)
-        transpose_into(scratch.panel + gate * N, kWidth<A>, weight + (gate * p.H + u) * K + k, K, n, depth);
-      multiply(rows.size, left + rows.begin * left_stride + k, left_stride, scratch.panel,
-               int64_t(kWidth<A>), depth, scratch.sums, int64_t(kWidth<A>), int64_t(kWidth<A>), fresh);
-      fresh = false;
+  Vec<A> c[N], h[N];
+  for (int r = 0; r < N; r++) c[r] = r < rows ? load_upto(p.cx + (row + r) * p.cx_stride + u, n) : Vec<A>{};
+  transpose<A>(c);
+  for (int64_t i = 0; i < n; i++) {
+    const auto place = [&](int gate) { return sums + (gate * units + i) * kWidth<A>; };
+    const auto sum = [&](int gate) { return load(place(gate)) + bias[gate * units + i]; };
+    const Gates<Vec<A>> gate = activate<Math>(Gates<Vec<A>>{sum(0), sum(1), sum(2), sum(3)});
+    c[i] = next_cell(gate, c[i]);
+    h[i] = next_hidden<Math>(gate, c[i]);
+    if (p.gates) {
+      store(place(0), gate.i);
+      store(place(1), gate.f);
+      store(place(2), gate.g);
+      store(place(3), gate.o);
     }
+  }
+  const auto write = [&](Vec<A>* block, T* to, int64_t stride) {
+    transpose<A>(block);
+    for (int64_t r = 0; r < rows; r++) store_upto(to + r * stride, block[r], n);
   };
-  accumulate(p.input, p.input_stride, p.weight_ih, p.I);
-  accumulate(p.hx, p.hx_stride, p.weight_hh, p.H);
-
-  Vec<A> b[4];
-  for (int gate = 0; gate < 4; gate++) b[gate] = bias(p, gate, u, n);
-  for (int64_t row = 0; row < rows.size; row++) {
-    const A* s = scratch.sums + row * kWidth<A>;
-    finish(p, rows.begin + row, u, n,
-           {load(s) + b[0], load(s + N) + b[1], load(s + 2 * N) + b[2], load(s + 3 * N) + b[3]});
+  write(c, p.c + row * p.H + u, p.H);
+  write(h, p.h + row * p.H + u, p.H);
+  for (int gate = 0; gate < 4 && p.gates; gate++) {
+    Vec<A> block[N];
+    for (int i = 0; i < N; i++) block[i] = i < n ? load(sums + (gate * units + i) * kWidth<A>) : Vec<A>{};
+    write(block, p.gates + row * 4 * p.H + gate * p.H + u, 4 * p.H);
   }
 }
 
+constexpr int kUnits = kRows / 4;  // of which scratch has room for the sums
+
+template <class A>
+struct Scratch {
+  alignas(64) A panel[kDepth * kWidth<A>];     // (depth, rows)
+  alignas(64) A sums[4 * kUnits * kWidth<A>];  // (4, units, rows)
+};
+
+// The same rows in the type of sums: as they are, or widened in `room`, which has kTileRows * kDepth.
+template <int R, class A>
+LSTMFUSED_INLINE Rows<A> widened(Rows<A> rows, A*) {
+  return rows;
+}
+template <int R, class A, class T>
+LSTMFUSED_INLINE Rows<A> widened(Rows<T> rows, A* room) {
+  for (int r = 0; r < R; r++)
+    for (int64_t k = 0; k < rows.depth; k += kLanes<A>)
+      store_upto(room + r * kDepth + k, load_upto(rows.at + r * rows.stride + k, rows.depth - k),
+                 rows.depth - k);
+  return {room, kDepth, rows.depth};
+}
+
+template <class T>
+static void forward_panel(const Forward<T>& p, Range rows, Range units) {
+  using A = Accumulate<T>;
+  constexpr int N = kLanes<A>;
+  constexpr int64_t W = kWidth<A>;
+  Scratch<A> scratch;
+  // Input and state are one right factor of depth I + H, whose panels may hold the end of one and the
+  // beginning of the other.
+  for (int64_t k = 0; k < p.I + p.H; k += kDepth) {
+    const int64_t end = k + kDepth < p.I + p.H ? k + kDepth : p.I + p.H;
+    const Range of_input{k < p.I ? k : p.I, (end < p.I ? end : p.I) - (k < p.I ? k : p.I)};
+    const Range of_state{k < p.I ? 0 : k - p.I, end - k - of_input.size};
+    for (int64_t v = 0; v < rows.size; v += N) {
+      const int64_t row = rows.begin + v, n = rows.size - v < N ? rows.size - v : N;
+      transpose_into(scratch.panel + v, W, p.input + row * p.input_stride + of_input.begin, p.input_stride,
+                     n, of_input.size);
+      transpose_into(scratch.panel + of_input.size * W + v, W, p.hx + row * p.hx_stride + of_state.begin,
+                     p.hx_stride, n, of_state.size);
+    }
+    const auto add_gate = [&](int gate, auto R, auto V, int64_t unit) {
+      const int64_t row = gate * p.H + units.begin + unit;
+      const Rows<T> input{p.weight_ih + row * p.I + of_input.begin, p.I, of_input.size};
+      const Rows<T> state{p.weight_hh + row * p.H + of_state.begin, p.H, of_state.size};
+      prefetch_next<R.value>(input);
+      prefetch_next<R.value>(state);
+      alignas(64) A room[kTileRows * kDepth];
+      multiply_tile<R.value, V.value>(
+          widened<R.value>(input, room), widened<R.value>(state, room + input.depth), scratch.panel, W,
+          scratch.sums + (gate * units.size + unit) * W, W, k == 0, int64_t(V.value * N), false);
+    };
+    with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
+      for (int gate = 0; gate < 4; gate++)
+        each_tile(units.size, [&](auto R, int64_t unit) { add_gate(gate, R, V, unit); });
+    });
+  }
+  A bias[4 * kUnits];
+  for (int gate = 0; gate < 4; gate++)
+    for (int64_t u = 0; u < units.size; u += N)
+      store_upto(bias + gate * units.size + u, sum_bias(p, gate, units.begin + u, units.size - u),
+                 units.size - u);
+  for (int64_t v = 0; v < rows.size; v += N)
+    for (int64_t u = 0; u < units.size; u += N)
+      finish_block(p, rows.begin + v, rows.size - v < N ? rows.size - v : N, units.begin + u,
+                   units.size - u < N ? units.size - u : N, scratch.sums + u * W + v, bias + u, units.size);
+}
+
 // ---------------------------------------------------------------------------------------------------
-// Few rows: vectors run along K, and the weights are used as they lie. A tile is Units x Rows states; its
-// dots are ordered (rows, units, gates). One stretch of K at a time, so that the weights of a unit stay in
-// the first-level cache while all rows pass.
+// Few rows: vectors run along K, and the weights are used as they lie, each read from far away once.
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kDots = 16;  // sums in flight, of 32 registers
 #else
 constexpr int kDots = 8;  // of 16
 #endif
-template <class A>
-constexpr int kStretch = 2048 / sizeof(A);
+constexpr int kDotRows = 128;  // of which scratch has room for the sums
 
-// Weights beyond this many bytes come from memory. The processor does not foresee four rows in four pages,
-// so the rows of the unit after next are asked for while this one is worked on; where weights are in cache
-// that would only cost.
-constexpr int64_t kFarBytes = 16 << 20;
-
-// A stretch of one of the two products: left (rows, depth), weight (4, H, depth).
-template <class T>
-struct Stretch {
-  const Accumulate<T>* left;
-  int64_t left_stride;
-  const T* weight;
-  int64_t weight_stride, depth;
-  bool far;
-};
-
-template <int Units, int Rows, bool Prefetch, class T, class A = Accumulate<T>>
-LSTMFUSED_INLINE void add_dots(Vec<A>* dots, const Stretch<T>& s, int64_t H, int64_t row, int64_t u) {
+// dots (R, 4) = or += left @ weight rows u of the four gates. With few rows K is unrolled, to have enough
+// sums in flight; units follow one another, for so their weights are four long streams that the processor
+// foresees.
+template <int R, int Unroll, class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE void add_dots(Vec<A>* dots, Rows<A> left, const T* weight, int64_t H, int64_t u,
+                               bool fresh) {
   constexpr int N = kLanes<A>;
-  const auto step = [&](int64_t k, auto load_part) {
-    Vec<A> x[Rows];
-    for (int r = 0; r < Rows; r++) x[r] = load_part(s.left + (row + r) * s.left_stride + k);
-    if (Prefetch)
-      for (int gate = 0; gate < 4; gate++)
-        __builtin_prefetch(s.weight + (gate * H + u + 2 * Units) * s.weight_stride + k);
-    for (int i = 0; i < Units; i++)
-      for (int gate = 0; gate < 4; gate++) {
-        const Vec<A> w = load_part(s.weight + (gate * H + u + i) * s.weight_stride + k);
-        for (int r = 0; r < Rows; r++) dots[(r * Units + i) * 4 + gate] += x[r] * w;
-      }
+  const int64_t K = left.depth;
+  Vec<A> sums[Unroll][R * 4];
+#pragma GCC unroll 8
+  for (int i = 0; i < Unroll; i++)
+#pragma GCC unroll 16
+    for (int d = 0; d < R * 4; d++) sums[i][d] = Vec<A>{};
+  const auto step = [&](Vec<A>* into, int64_t k, auto load_part) {
+    Vec<A> x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) x[r] = load_part(left.at + r * left.stride + k);
+    for (int gate = 0; gate < 4; gate++) {
+      const T* row = weight + (gate * H + u) * K + k;
+      if (R == kDots / 4) __builtin_prefetch(row + K, 0, 2);  // of the next unit
+      const Vec<A> w = load_part(row);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) into[r * 4 + gate] += x[r] * w;
+    }
   };
   int64_t k = 0;
-  for (; k + N <= s.depth; k += N) step(k, [](auto* p) { return load(p); });
-  if (k < s.depth) step(k, [n = s.depth - k](auto* p) { return load_some(p, n); });
+  for (; k + Unroll * N <= K; k += Unroll * N)
+#pragma GCC unroll 8
+    for (int i = 0; i < Unroll; i++) step(sums[i], k + i * N, [](auto* p) { return load(p); });
+  for (; k + N <= K; k += N) step(sums[0], k, [](auto* p) { return load(p); });
+  if (k < K) step(sums[0], k, [n = K - k](auto* p) { return load_some(p, n); });
+#pragma GCC unroll 16
+  for (int d = 0; d < R * 4; d++) {
+#pragma GCC unroll 8
+    for (int i = 1; i < Unroll; i++) sums[0][d] += sums[i][d];
+    dots[d] = fresh ? sums[0][d] : dots[d] + sums[0][d];
+  }
 }
 
-// sums (rows, lanes of units, 4 gates)
-template <int Units, int Rows, class T, class A = Accumulate<T>>
-static __attribute__((noinline)) void dot_tile(const Stretch<T>* stretches, int64_t H, int64_t row,
-                                               int64_t u, A* sums) {
-  constexpr int N = kLanes<A>, Dots = 4 * Units * Rows;
-  Vec<A> dots[(Dots + N - 1) / N * N] = {};
-  if (stretches->far && row == 0) {
-    add_dots<Units, Rows, true>(dots, stretches[0], H, row, u);
-    add_dots<Units, Rows, true>(dots, stretches[1], H, row, u);
-  } else {
-    add_dots<Units, Rows, false>(dots, stretches[0], H, row, u);
-    add_dots<Units, Rows, false>(dots, stretches[1], H, row, u);
+// sums (R, Units, 4) of the units from u on; rows of it are N units apart
+template <int Units, int R, class T, class A = Accumulate<T>>
+static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
+  constexpr int N = kLanes<A>, Dots = 4 * Units * R;
+  const Rows<A> input{p.input + row * p.input_stride, p.input_stride, p.I};
+  const Rows<A> state{p.hx + row * p.hx_stride, p.hx_stride, p.H};
+  Vec<A> dots[(Dots + N - 1) / N * N];  // (Units, R, 4)
+  for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
+  for (int i = 0; i < Units; i++) {
+    add_dots<R, Units>(dots + i * R * 4, input, p.weight_ih, p.H, u + i, true);
+    add_dots<R, Units>(dots + i * R * 4, state, p.weight_hh, p.H, u + i, false);
   }
   alignas(64) A sum[Dots + N];
   for (int i = 0; i < Dots; i += N) store(sum + i, sum_each<A>(dots + i));
-  for (int r = 0; r < Rows; r++)
-    for (int i = 0; i < 4 * Units; i++) sums[((row + r) * N + u) * 4 + i] += sum[r * 4 * Units + i];
+  for (int i = 0; i < Units; i++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      for (int gate = 0; gate < 4; gate++) sums[(r * N + i) * 4 + gate] = sum[(i * R + r) * 4 + gate];
 }
 
 template <class T>
 static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>, R = kDots / 4;
-  constexpr int64_t S = kStretch<A>;
   const int64_t n = p.H - u0 < N ? p.H - u0 : N;
-  alignas(64) A sums[kRows * 4 * N];
-  for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});
+  alignas(64) A sums[kDotRows * 4 * N];                                       // (rows, N, 4)
+  for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});  // lanes beyond n
 
-  const bool far = 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarBytes;
-  const auto stretch = [&](const A* left, int64_t left_stride, const T* weight, int64_t K,
-                           int64_t k) -> Stretch<T> {
-    const int64_t depth = K - k < S ? K - k : S;
-    return {left + rows.begin * left_stride + k,
-            left_stride,
-            weight + u0 * K + k,
-            K,
-            depth > 0 ? depth : 0,
-            far};
-  };
-  for (int64_t k = 0; k < p.I || k < p.H; k += S) {
-    const Stretch<T> stretches[] = {stretch(p.input, p.input_stride, p.weight_ih, p.I, k),
-                                    stretch(p.hx, p.hx_stride, p.weight_hh, p.H, k)};
-    const auto tiles = [&](auto tile, int units, int64_t row, int64_t u) {
-      for (; u + units <= n; u += units) tile(stretches, p.H, row, u, sums);
-      return u;
+  // Of a few units all rows, so that their weights are still near.
+  for (int64_t u = 0; u < n; u += R) {
+    const int64_t units = n - u < R ? n - u : R;
+    const auto tiles = [&](auto tile, int64_t width, int64_t row, int64_t from) {
+      for (; from + width <= units; from += width)
+        tile(p, rows.begin + row, u0 + u + from, sums + (row * N + u + from) * 4);
+      return from;
     };
     int64_t row = 0;
-    for (int64_t u = 0; u < n; u++)
-      for (row = 0; row + R <= rows.size; row += R) dot_tile<1, R>(stretches, p.H, row, u, sums);
+    for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, T>, 1, row, 0);
     switch (rows.size - row) {
       case 3: tiles(dot_tile<1, 3, T>, 1, row, 0); break;
-      case 2: tiles(dot_tile<1, 2, T>, 1, row, 0); break;
+      case 2: tiles(dot_tile<1, 2, T>, 1, row, tiles(dot_tile<R / 2, 2, T>, R / 2, row, 0)); break;
       case 1: tiles(dot_tile<1, 1, T>, 1, row, tiles(dot_tile<R, 1, T>, R, row, 0)); break;
     }
   }
 
   Vec<A> b[4];
-  for (int gate = 0; gate < 4; gate++) b[gate] = bias(p, gate, u0, n);
+  for (int gate = 0; gate < 4; gate++) b[gate] = sum_bias(p, gate, u0, n);
   for (int64_t row = 0; row < rows.size; row++) {
     Vec<A> s[4];
     for (int i = 0; i < 4; i++) s[i] = load(sums + (row * 4 + i) * N);
@@ -184,37 +248,59 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// Transposing a panel costs what a few rows of dots cost; summing up the lanes of a dot costs what some of
-// its length costs. So dots are for rows few and long; measured on Zen 4 from 2 -> 20 to 1024 -> 1024.
+// A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.9 of its depth, but for
+// whole vectors of rows. Weights beyond kFarBytes come from memory, where the panel's pace is enough.
+// Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two.
+constexpr int64_t kFarBytes = 16 << 20;
+
 template <class T>
 static bool few_rows(const Forward<T>& p) {
-  const int64_t limit = (p.I + p.H) / 16;
-  return p.B <= (limit < 4 ? 4 : limit < 48 ? limit : 48);
+  constexpr int64_t N = kLanes<Accumulate<T>>;
+  const int64_t K = p.I + p.H, lanes = (p.B + N - 1) / N * N;
+  const bool far = 4 * p.H * K * int64_t(sizeof(T)) > kFarBytes;
+  return far ? 10 * p.B < 6 * lanes : 10 * p.B * (K + 40) < 9 * lanes * K;
+}
+
+// Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads
+// find enough to do, units as far down as kFewUnits, where transposing the rows begins to show, and then
+// the batch.
+static void cut(int64_t B, int64_t H, int64_t threads, int64_t& down, int64_t& across, int64_t lanes) {
+  constexpr int64_t kFewUnits = 32;
+  const int64_t vectors = (B + lanes - 1) / lanes, blocks = (H + lanes - 1) / lanes;
+  down = (vectors + kPanel - 1) / kPanel;
+  across = (H + kUnits - 1) / kUnits;
+  const auto too_few = [&](int64_t wanted) {
+    const int64_t tasks = down * across;
+    return tasks < wanted || (tasks < 4 * threads && tasks % threads);
+  };
+  while (too_few(threads) && across < blocks && H / (across + 1) >= kFewUnits) across++;
+  // Pieces of the batch alone are little work, of which a thread that wakes late should find some left.
+  while (too_few(across == 1 ? 2 * threads : threads) && down < vectors) down++;
 }
 
 constexpr int64_t kFinishWork = 50;  // what finish costs, in multiply-adds of each of the four sums
 
 template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
-  constexpr int N = kLanes<Accumulate<T>>;
-  const int64_t blocks = (p.H + N - 1) / N;
+  using A = Accumulate<T>;
+  constexpr int N = kLanes<A>;
   struct Context {
     const Forward<T>& p;
-    int64_t blocks, pieces;
-  } context{p, blocks, row_pieces(p.B, kRows, blocks, pool.threads)};
+    int64_t across, down;  // pieces of the units, of the batch
+  } context{p, (p.H + N - 1) / N, (p.B + kDotRows - 1) / kDotRows};
   const auto run = [&](auto task) {
-    pool.run(blocks * context.pieces, p.B * (p.I + p.H + kFinishWork) * 4 * p.H, task, &context);
+    pool.run(context.across * context.down, p.B * (p.I + p.H + kFinishWork) * 4 * p.H, task, &context);
   };
   if (few_rows(p))
-    run([](const void* opaque, int64_t i) {
+    return run([](const void* opaque, int64_t i) {
       const Context& t = *static_cast<const Context*>(opaque);
-      forward_dot(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kDots / 4));
+      forward_dot(t.p, i % t.across * N, piece(i / t.across, t.down, t.p.B, kDots / 4));
     });
-  else
-    run([](const void* opaque, int64_t i) {
-      const Context& t = *static_cast<const Context*>(opaque);
-      forward_panel(t.p, i % t.blocks * N, piece(i / t.blocks, t.pieces, t.p.B, kTileRows));
-    });
+  cut(p.B, p.H, pool.threads, context.down, context.across, N);
+  run([](const void* opaque, int64_t i) {
+    const Context& t = *static_cast<const Context*>(opaque);
+    forward_panel(t.p, piece(i / t.across, t.down, t.p.B, N), piece(i % t.across, t.across, t.p.H, N));
+  });
 }
 
 }  // namespace LSTMFUSED_VARIANT

@@ -142,11 +142,12 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = gradients;
   if (!cx.numel()) return gradients;
 
-  const Tensor grad_gates = empty({B, 4 * H}, sums);
-  const Tensor grad_gates_t = empty({output_mask[3] || output_mask[4] ? 4 * H : 0, B}, sums);
   with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
     using A = Accumulate<T>;
+    const int64_t stretch = backward_rows<T>(B, H);
+    const Tensor grad_gates = empty({stretch, 4 * H}, sums);
+    const Tensor grad_gates_t = empty({output_mask[3] || output_mask[4] ? 4 * H : 0, stretch}, sums);
     kernels.backward({B,
                       I,
                       H,
@@ -163,6 +164,7 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
                       cx.stride(0),
                       in<T>(weight_ih),
                       in<T>(weight_hh),
+                      stretch,
                       out<A>(grad_gates),
                       out<A>(grad_gates_t),
                       out<T>(grad_input),

@@ -16,7 +16,8 @@
 #define LSTMFUSED_NAME(prefix, isa) LSTMFUSED_PASTE(prefix, isa)
 #define LSTMFUSED_VARIANT LSTMFUSED_NAME(isa_, LSTMFUSED_ISA)
 
-#define LSTMFUSED_INLINE static inline __attribute__((always_inline))
+#define LSTMFUSED_INLINE static LSTMFUSED_MEMBER
+#define LSTMFUSED_MEMBER inline __attribute__((always_inline))
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
@@ -124,6 +125,24 @@ LSTMFUSED_INLINE void store(float16* p, Vec<float> v) {
   half = magnitude > (255u << 23) ? half * 0 + 0x7e00u : half;
   *(HalfBitsUnaligned*)p = __builtin_convertvector(half | sign, HalfBits);
 }
+#endif
+
+// store() past the caches, to whole lines, each written at once; stream_end() before anybody reads them.
+template <class T, class V>
+LSTMFUSED_INLINE void stream(T* p, V v) {
+  store(p, v);
+}
+LSTMFUSED_INLINE void stream_end() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+#if defined(__AVX512F__)
+LSTMFUSED_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+LSTMFUSED_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+#elif defined(__AVX2__)
+LSTMFUSED_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+LSTMFUSED_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------
@@ -325,11 +344,23 @@ struct VectorMath {
 
   LSTMFUSED_INLINE F power_of_two(Int n) { return (F)((n + K::bias) << K::mantissa_bits); }
 
-  // exp(x) = 2^n (1 + q): returns q and sets n. NaN passes through q.
-  LSTMFUSED_INLINE F reduced_exp(F x, Int& n) {
-    const F shifted = x * A(1.4426950408889634) + K::round;
+  // x 2^n for n = shifted - K::round, exact also where 2^n alone would not be a normal number.
+  LSTMFUSED_INLINE F scale(F x, F shifted) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+      return (F)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)(shifted - K::round));
+    else
+      return (F)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)(shifted - K::round));
+#else
+    const Int n = (Int)shifted - (Int)broadcast(K::round), half = n >> 1;
+    return x * power_of_two(half) * power_of_two(n - half);
+#endif
+  }
+
+  // exp(x) = 2^n (1 + q): returns q and, in `shifted`, n + K::round. NaN passes through q.
+  LSTMFUSED_INLINE F reduced_exp(F x, F& shifted) {
+    shifted = x * A(1.4426950408889634) + K::round;
     const F rounded = shifted - K::round;
-    n = (Int)shifted - (Int)broadcast(K::round);
     F r = x - rounded * K::log2_high;
     r = r - rounded * K::log2_low;
     F p = broadcast(K::coefficients[0]);
@@ -340,18 +371,17 @@ struct VectorMath {
 
   // 1 / (1 + exp(-x)); overflows of exp give exactly 0, as in torch.
   LSTMFUSED_INLINE F sigmoid(F x) {
-    Int n;
+    F n;
     const F q = reduced_exp(at_least(at_most(-x, K::limit), -K::limit), n);
-    const Int half = n >> 1;  // 2^n alone would leave the range of normal numbers
-    return 1 / (1 + (1 + q) * power_of_two(half) * power_of_two(n - half));
+    return 1 / (1 + scale(1 + q, n));
   }
 
   // -m / (m + 2) with m = exp(-2 |x|) - 1: small values keep their relative precision.
   LSTMFUSED_INLINE F tanh(F x) {
     const Int sign = (Int)x & (Int)broadcast(A(-0.0));
-    Int n;
+    F n;
     const F q = reduced_exp(at_least(-2 * (F)((Int)x ^ sign), A(-40)), n);
-    const F scale = power_of_two(n), m = q * scale + (scale - 1);
+    const F power = power_of_two((Int)n - (Int)broadcast(K::round)), m = q * power + (power - 1);
     return (F)((Int)(-m / (m + 2)) ^ sign);
   }
 };
