@@ -1,4 +1,4 @@
-# make bench | make test | make lint: each sets up all it needs, in .venv.
+# make bench | make test | make kernels | make lint: each sets up all it needs, in .venv.
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ RESULT ?= benchmarks/results/amd-epyc-20261124.json
 PY      := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test lint format readme clean
+.PHONY: bench test kernels lint format readme clean
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
@@ -16,17 +16,21 @@ bench: $(VENV)/built
 test: $(VENV)/built
 	$(PY) -m pytest -q
 
+# The kernels alone: under sanitizers and, where those are installed, by clang and for aarch64 under qemu.
+kernels: $(VENV)/built
+	$(PY) -m pytest -q -m kernels tests/test_kernels.py
+
 lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.* benchmarks/*.c
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp
 	$(PY) -m benchmarks.report $(RESULT) --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.* benchmarks/*.c
+	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp
 
 # The README's tables and picture, from the committed results.
 readme: $(VENV)/built

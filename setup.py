@@ -1,9 +1,10 @@
 """Builds lstmfused._C: the operators against torch, the kernels once for each instruction set."""
 
-import platform
+import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,12 +20,7 @@ except ImportError as error:
 
 CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
-# -ffp-contract=fast lets a * b + c be one instruction; nothing here lets the order of sums change.
-KERNEL_FLAGS = "-std=c++17 -O3 -fPIC -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
-VARIANTS = {"default": ""}
-if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS["avx2"] = "-mavx2 -mfma -mf16c"
-    VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
 
 
 class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
@@ -47,10 +43,10 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
 
     def compile_variant(self, isa: str) -> str:
         target = Path(self.build_temp) / f"kernels_{isa}.o"
-        inputs = [KERNEL_SOURCE, *CSRC.glob("*.h"), *CSRC.glob("cpu/*.h"), Path(__file__)]
+        inputs = [KERNEL_SOURCE, *CSRC.glob("*.h"), *CSRC.glob("cpu/*.[hp]*"), Path(__file__)]
         if not target.exists() or any(target.stat().st_mtime < i.stat().st_mtime for i in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*KERNEL_FLAGS.split(), *VARIANTS[isa].split(), f"-DLSTMFUSED_ISA={isa}"]
+            flags = [*FLAGS, *VARIANTS[isa], f"-DLSTMFUSED_ISA={isa}"]
             self.spawn([get_cxx_compiler(), *flags, "-c", str(KERNEL_SOURCE), "-o", str(target)])
         return str(target)
 

@@ -1,0 +1,233 @@
+// The kernels of one instruction set against plain loops in double precision, without torch: what
+// sanitizers, other compilers and emulators can run. test_kernels.py builds it together with
+// csrc/cpu/kernels.cpp; LSTMFUSED_ISA names the variant.
+//
+// Every array is a heap block of exactly its size, so that AddressSanitizer sees a step beside it.
+#include "../csrc/cpu/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#define PASTE(a, b) a##b
+#define NAME(prefix, isa) PASTE(prefix, isa)
+
+namespace lstmfused {
+extern const Kernels NAME(kernels_, LSTMFUSED_ISA);
+}
+
+using namespace lstmfused;
+using std::vector;
+
+// ---------------------------------------------------------------------------------------------------
+// Numbers
+
+static double value(double x) { return x; }
+static double value(float x) { return x; }
+static double value(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+static double value(float16 x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const double magnitude = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+static void assign(double& to, double x) { to = x; }
+static void assign(float& to, double x) { to = float(x); }
+static void assign(bfloat16& to, double x) {
+  const float f = float(x);
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  to.bits = uint16_t(bits >> 16);
+}
+static void assign(float16& to, double x) {  // |x| < 2, towards zero
+  int exponent;
+  const double fraction = frexp(fabs(x), &exponent);
+  const bool normal = fraction != 0 && exponent > -14;
+  to.bits = normal ? uint16_t((exponent + 14) << 10 | (int(fraction * 2048) & 1023)) : 0;
+  if (x < 0) to.bits |= 0x8000;
+}
+
+template <class T>
+constexpr double kRounding = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23;  // of sums
+template <>
+constexpr double kRounding<bfloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<float16> = 0x1p-11;
+
+static uint64_t state = 1;
+static double uniform() {  // in [-1, 1)
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return double(int64_t(state >> 11)) * 0x1p-52 - 1;
+}
+
+template <class T>
+static vector<T> uniform(int64_t size, double scale) {
+  vector<T> x(size);
+  for (T& element : x) assign(element, uniform() * scale);
+  return x;
+}
+
+template <class T>
+static vector<double> values(const vector<T>& x) {
+  vector<double> result(x.size());
+  std::transform(x.begin(), x.end(), result.begin(), [](T element) { return value(element); });
+  return result;
+}
+
+static int failures = 0;
+
+// `terms` were added up; the errors of their sum follow the largest element.
+template <class T>
+static void check(const char* name, const vector<T>& actual, const vector<double>& expected, double terms,
+                  int64_t B, int64_t I, int64_t H) {
+  double scale = 1, worst = 0;
+  for (double x : expected) scale = std::max(scale, fabs(x));
+  for (size_t i = 0; i < expected.size(); i++) {
+    const double error = fabs(value(actual[i]) - expected[i]);
+    worst = error <= worst ? worst : error;  // NaN, too
+  }
+  const double allowed = scale * (2 * kRounding<T> + 4 * sqrt(terms) * kRounding<Accumulate<T>>);
+  if (worst <= allowed) return;
+  failures++;
+  printf("%s off by %.1e, allowed %.1e: B %d, I %d, H %d, %d bytes an element\n", name, worst, allowed,
+         int(B), int(I), int(H), int(sizeof(T)));
+}
+
+// ---------------------------------------------------------------------------------------------------
+
+static void run_in_reverse(int64_t tasks, int64_t, void (*task)(const void*, int64_t),
+                           const void* context) {
+  for (int64_t i = tasks; i-- > 0;) task(context, i);
+}
+
+template <class T>
+static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H, int64_t threads) {
+  using A = Accumulate<T>;
+  const int64_t G = 4 * H;
+  const Pool pool{run_in_reverse, threads};
+  const double scale = 1 / sqrt(double(std::max(I, H)));
+  const vector<T> x_ = uniform<T>(B * I, 1), h_ = uniform<T>(B * H, 1), cx = uniform<T>(B * H, 1),
+                  weight_ih = uniform<T>(G * I, scale), weight_hh = uniform<T>(G * H, scale),
+                  bias_ih = uniform<T>(G, 1), bias_hh = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1),
+                  grad_c = uniform<T>(B * H, 1);
+  const vector<double> x = values(x_), h = values(h_), c = values(cx), wi = values(weight_ih),
+                       wh = values(weight_hh), bi = values(bias_ih), bh = values(bias_hh),
+                       gh = values(grad_h), gc = values(grad_c);
+  const vector<A> input(x.begin(), x.end()), hx(h.begin(), h.end());
+
+  vector<double> gates(B * G), next_c(B * H), next_h(B * H);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t u = 0; u < H; u++) {
+      double gate[4];
+      for (int64_t g = 0; g < 4; g++) {
+        const int64_t row = g * H + u;
+        double sum = bi[row] + bh[row];
+        for (int64_t k = 0; k < I; k++) sum += x[b * I + k] * wi[row * I + k];
+        for (int64_t k = 0; k < H; k++) sum += h[b * H + k] * wh[row * H + k];
+        gates[b * G + row] = gate[g] = g == 2 ? tanh(sum) : 1 / (1 + exp(-sum));
+      }
+      next_c[b * H + u] = gate[1] * c[b * H + u] + gate[0] * gate[2];
+      next_h[b * H + u] = gate[3] * tanh(next_c[b * H + u]);
+    }
+  for (bool save_gates : {false, true}) {
+    vector<T> out_h(B * H), out_c(B * H), out_gates(save_gates ? B * G : 0);
+    kernels.forward({B, I, H, input.data(), I, hx.data(), H, cx.data(), H, weight_ih.data(),
+                     weight_hh.data(), bias_ih.data(), bias_hh.data(), out_h.data(), out_c.data(),
+                     save_gates ? out_gates.data() : nullptr},
+                    pool);
+    check("h", out_h, next_h, double(I + H), B, I, H);
+    check("c", out_c, next_c, double(I + H), B, I, H);
+    if (!save_gates) continue;
+    check("gates", out_gates, gates, double(I + H), B, I, H);
+
+    // Backward from the gates as they were saved.
+    const vector<double> saved = values(out_gates);
+    vector<double> dg(B * G), dx(B * I), dh(B * H), dc(B * H), dwi(G * I), dwh(G * H), db(G);
+    for (int64_t b = 0; b < B; b++) {
+      for (int64_t u = 0; u < H; u++) {
+        const double *s = &saved[b * G + u], i = s[0], f = s[H], g = s[2 * H], o = s[3 * H];
+        const double old = c[b * H + u], t = tanh(f * old + i * g), grad = gh[b * H + u];
+        const double through = gc[b * H + u] + grad * o * (1 - t * t);
+        double* d = &dg[b * G + u];
+        d[0] = through * g * i * (1 - i);
+        d[H] = through * old * f * (1 - f);
+        d[2 * H] = through * i * (1 - g * g);
+        d[3 * H] = grad * t * o * (1 - o);
+        dc[b * H + u] = through * f;
+      }
+      for (int64_t row = 0; row < G; row++) {
+        const double d = dg[b * G + row];
+        db[row] += d;
+        for (int64_t k = 0; k < I; k++) {
+          dx[b * I + k] += d * wi[row * I + k];
+          dwi[row * I + k] += d * x[b * I + k];
+        }
+        for (int64_t k = 0; k < H; k++) {
+          dh[b * H + k] += d * wh[row * H + k];
+          dwh[row * H + k] += d * h[b * H + k];
+        }
+      }
+    }
+    const int64_t rows = backward_rows<T>(B, H);
+    vector<A> scratch(rows * G), scratch_t(rows * G);
+    vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H),
+                       vector<T>(G * I), vector<T>(G * H), vector<T>(G)};
+    kernels.backward({B,
+                      I,
+                      H,
+                      grad_h.data(),
+                      H,
+                      grad_c.data(),
+                      H,
+                      out_gates.data(),
+                      x_.data(),
+                      I,
+                      h_.data(),
+                      H,
+                      cx.data(),
+                      H,
+                      weight_ih.data(),
+                      weight_hh.data(),
+                      rows,
+                      scratch.data(),
+                      scratch_t.data(),
+                      out[0].data(),
+                      out[1].data(),
+                      out[2].data(),
+                      out[3].data(),
+                      out[4].data(),
+                      out[5].data()},
+                     pool);
+    check("grad_input", out[0], dx, double(G), B, I, H);
+    check("grad_hx", out[1], dh, double(G), B, I, H);
+    check("grad_cx", out[2], dc, 1, B, I, H);
+    check("grad_weight_ih", out[3], dwi, double(B), B, I, H);
+    check("grad_weight_hh", out[4], dwh, double(B), B, I, H);
+    check("grad_bias", out[5], db, double(B), B, I, H);
+  }
+}
+
+int main() {
+  const Kernels& kernels = NAME(kernels_, LSTMFUSED_ISA);
+  const int64_t shapes[][3] = {{1, 1, 1},    {1, 20, 3},   {2, 5, 17},   {3, 16, 16},  {4, 33, 7},
+                               {5, 51, 51},  {7, 2, 20},   {13, 130, 9}, {19, 70, 33}, {64, 16, 16},
+                               {70, 3, 150}, {97, 51, 20}, {300, 9, 5},  {6, 300, 40}};
+  for (const auto& [B, I, H] : shapes)
+    for (int64_t threads : {1, 3}) {
+      test(kernels.f32, B, I, H, threads);
+      test(kernels.f64, B, I, H, threads);
+      test(kernels.bf16, B, I, H, threads);
+      test(kernels.f16, B, I, H, threads);
+    }
+  test(kernels.f64, 300, 2, 1100, 1);  // more than one stretch of the batch
+  printf("%s: %d failures\n", kernels.name, failures);
+  return failures != 0;
+}
