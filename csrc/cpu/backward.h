@@ -58,7 +58,7 @@ static void gate_gradients(const Backward<T>& p, Range stretch, int64_t row0, in
 constexpr int64_t kFew = 2 * kTileRows;  // so few rows leave a block of right no time to be fetched:
 constexpr int64_t kFewDepth = 16;        // then it is read nearly in the order in which it lies
 constexpr int64_t kBlockColumns = 256, kBlockRows = 192;
-constexpr int64_t kStreamedBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
+constexpr int64_t kPastCacheBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
 
 template <class T>
 struct Product {
@@ -80,7 +80,7 @@ struct Product {
           bool fresh, int64_t threads)
       : left(left), right(right), right_stride(right_stride), out(out), M(M), K(K), N(N), fresh(fresh) {
     depth = M <= kFew ? kFewDepth : kDepth;
-    past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kStreamedBytes &&
+    past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     constexpr int64_t columns = kInPlace ? kBlockColumns : kSums / kBlockRows / W * W;
     across = (N + columns - 1) / columns;

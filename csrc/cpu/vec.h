@@ -16,8 +16,7 @@
 #define LSTMFUSED_NAME(prefix, isa) LSTMFUSED_PASTE(prefix, isa)
 #define LSTMFUSED_VARIANT LSTMFUSED_NAME(isa_, LSTMFUSED_ISA)
 
-#define LSTMFUSED_INLINE static LSTMFUSED_MEMBER
-#define LSTMFUSED_MEMBER inline __attribute__((always_inline))
+#define LSTMFUSED_INLINE static inline __attribute__((always_inline))
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
