@@ -67,7 +67,7 @@ struct Backward {
   const T* weight_hh;  // (4H, H)
   int64_t rows;        // of the batch that scratch has room for: backward_rows()
   A* grad_gates;       // (rows, 4H) scratch
-  A* grad_gates_t;     // (4H, rows) scratch, or null when no weight gradient is wanted
+  int64_t grad_gates_stride;  // backward_stride()
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)
   T* grad_hx;         // (B, H)
@@ -85,6 +85,15 @@ static int64_t backward_rows(int64_t B, int64_t H) {
   if (sizeof(T) != sizeof(Accumulate<T>)) return B;
   const int64_t rows = kBytes / (4 * H * int64_t(sizeof(T))) / kMultiple * kMultiple;
   return B <= rows ? B : rows < kMultiple ? (B < kMultiple ? B : kMultiple) : rows;
+}
+
+// Between rows of the gate gradients: whole cache lines, but no multiple of eight of them, or a column would
+// fall into few sets of the caches.
+template <class T>
+static int64_t backward_stride(int64_t H) {
+  constexpr int64_t kLine = 64 / sizeof(Accumulate<T>);
+  const int64_t lines = (4 * H + kLine - 1) / kLine;
+  return (lines % 8 ? lines : lines + 1) * kLine;
 }
 
 }  // namespace lstmfused

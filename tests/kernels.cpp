@@ -176,8 +176,8 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
         }
       }
     }
-    const int64_t rows = backward_rows<T>(B, H);
-    vector<A> scratch(rows * G), scratch_t(rows * G);
+    const int64_t rows = backward_rows<T>(B, H), stride = backward_stride<T>(H);
+    vector<A> scratch(rows * stride);
     vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H),
                        vector<T>(G * I), vector<T>(G * H), vector<T>(G)};
     kernels.backward({B,
@@ -198,7 +198,7 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
                       weight_hh.data(),
                       rows,
                       scratch.data(),
-                      scratch_t.data(),
+                      stride,
                       out[0].data(),
                       out[1].data(),
                       out[2].data(),

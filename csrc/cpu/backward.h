@@ -9,65 +9,50 @@ namespace LSTMFUSED_VARIANT {
 
 // A stretch of the batch: rows from `begin` on, whose gate gradients are in scratch.
 //
-// Gate gradients of one block of it: up to `lanes` rows by n units, written row-major and transposed, and
-// the gradient of cx.
+// Gate gradients of some rows of it, and the gradient of cx.
 template <class T>
-static void gate_gradients(const Backward<T>& p, Range stretch, int64_t row0, int64_t rows, int64_t u,
-                           int64_t n) {
+static void gate_gradients(const Backward<T>& p, Range stretch, Range rows) {
   using A = Accumulate<T>;
   using Math = VectorMath<A>;
   constexpr int N = kLanes<A>;
-  Vec<A> transposed[4][N];
-  for (int64_t r = 0; r < N; r++) {
-    Gates<Vec<A>> grad{};
-    if (r < rows) {
-      const int64_t row = stretch.begin + row0 + r;
+  for (int64_t r = rows.begin; r < rows.begin + rows.size; r++)
+    for (int64_t u = 0; u < p.H; u += N) {
+      const int64_t row = stretch.begin + r, n = p.H - u;
       const T* gates = p.gates + row * 4 * p.H + u;
       const Gates<Vec<A>> gate{load_upto(gates, n), load_upto(gates + p.H, n),
                                load_upto(gates + 2 * p.H, n), load_upto(gates + 3 * p.H, n)};
       const Vec<A> c = load_upto(p.cx + row * p.cx_stride + u, n);
       const Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
       Vec<A> grad_c = p.grad_c ? load_upto(p.grad_c + row * p.grad_c_stride + u, n) : Vec<A>{};
-      grad = step_backward<Math>(gate, c, grad_h, grad_c);
+      const Gates<Vec<A>> grad = step_backward<Math>(gate, c, grad_h, grad_c);
       if (p.grad_cx) store_upto(p.grad_cx + row * p.H + u, grad_c, n);
-      A* out = p.grad_gates + (row0 + r) * 4 * p.H + u;
+      A* out = p.grad_gates + r * p.grad_gates_stride + u;
       store_upto(out, grad.i, n);
       store_upto(out + p.H, grad.f, n);
       store_upto(out + 2 * p.H, grad.g, n);
       store_upto(out + 3 * p.H, grad.o, n);
     }
-    transposed[0][r] = grad.i;
-    transposed[1][r] = grad.f;
-    transposed[2][r] = grad.g;
-    transposed[3][r] = grad.o;
-  }
-  if (!p.grad_gates_t) return;
-  for (int gate = 0; gate < 4; gate++) {
-    transpose<A>(transposed[gate]);
-    for (int64_t i = 0; i < n; i++)
-      store_upto(p.grad_gates_t + (gate * p.H + u + i) * stretch.size + row0, transposed[gate][i], rows);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------
-// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks, each some rows by some columns. A
-// block of right, as deep as one sum and as wide as the task, stays in the second-level cache while rows of
-// left pass over it, a tile of them at a time from the first column to the last, so that out is written in
-// order.
+// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks, each some rows by some columns.
 
-constexpr int64_t kFew = 2 * kTileRows;  // so few rows leave a block of right no time to be fetched:
+constexpr int64_t kGradientWork = 100;  // what a state's gate gradients cost, in multiply-adds
+
+constexpr int64_t kFew = 2 * tile_rows(kPanel);  // so few rows leave a block of right no time to be fetched:
 constexpr int64_t kFewDepth = 16;        // then it is read nearly in the order in which it lies
-constexpr int64_t kBlockColumns = 256, kBlockRows = 192;
+constexpr int64_t kBlockColumns = 256, kBlockRows = 384;
+constexpr int64_t kPackRows = 48, kPackDepth = 33;  // of left, from which copies of right pay
 constexpr int64_t kPastCacheBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
 
-template <class T>
+template <class T, class Left>
 struct Product {
   using A = Accumulate<T>;
   static constexpr bool kInPlace = sizeof(T) == sizeof(A);  // out holds sums; else they need a scratch
   static constexpr int L = kLanes<A>;
   static constexpr int64_t W = kWidth<A>, kSums = kRows * W;
 
-  const A* left;
+  Left left;
   const T* right;
   int64_t right_stride;
   T* out;
@@ -76,9 +61,10 @@ struct Product {
   int64_t depth, across, down;
   bool past_cache;
 
-  Product(const A* left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t K, int64_t N,
-          bool fresh, int64_t threads)
-      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(K), N(N), fresh(fresh) {
+  Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
+          int64_t threads)
+      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(left.depth), N(N),
+        fresh(fresh) {
     depth = M <= kFew ? kFewDepth : kDepth;
     past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
@@ -103,7 +89,7 @@ struct Product {
 
   void run(int64_t task) const {
     const Range columns = piece(task % across, across, N, W);
-    const Range rows = piece(task / across, down, M, kTileRows);
+    const Range rows = piece(task / across, down, M, tile_rows(kPanel));
     if constexpr (kInPlace) {
       add_blocks(rows, columns, out + rows.begin * N + columns.begin, N);
       if (past_cache) stream_end();
@@ -118,26 +104,76 @@ struct Product {
     }
   }
 
-  // sums (rows, columns), row after row and block after block of right
+  // sums (rows, columns)
   void add_blocks(Range rows, Range columns, A* sums, int64_t stride) const {
-    for (int64_t k = 0; k < K; k += depth)
-      each_tile(rows.size, [&](auto R, int64_t row) {
-        const Rows<A> x{left + (rows.begin + row) * K + k, K, K - k < depth ? K - k : depth};
-        add_rows<R.value>(x, right + k * right_stride + columns.begin, columns.size, sums + row * stride,
-                          stride, fresh && k == 0);
-      });
+    const bool pack = rows.size >= kPackRows && K >= kPackDepth;
+    for (int64_t k = 0; k < K; k += depth) {
+      const Block block{rows,
+                        left.from(rows.begin, k, K - k < depth ? K - k : depth),
+                        right + k * right_stride + columns.begin,
+                        columns.size,
+                        sums,
+                        stride,
+                        fresh && k == 0};
+      pack ? add_panels(block) : add_rows(block);
+    }
   }
 
-  template <int R>
-  void add_rows(Rows<A> x, const T* block, int64_t columns, A* sums, int64_t stride, bool fresh) const {
-    prefetch_next<R>(x);
-    const auto tile = [&](auto V, int64_t c) {
-      multiply_tile<R, V.value>(x, Rows<A>{}, block + c, right_stride, sums + c, stride, fresh, columns - c,
-                                past_cache);
-    };
-    int64_t c = 0;
-    for (; c + W <= columns; c += W) tile(Constant<kPanel>{}, c);
-    if (c < columns) with_constant<kPanel>((columns - c + L - 1) / L, [&](auto V) { tile(V, c); });
+  struct Block {
+    Range rows;
+    Left left;
+    const T* right;
+    int64_t columns;
+    A* sums;
+    int64_t stride;
+    bool fresh;
+  };
+
+  // Panel after panel of right, copied to lie together unless it does: all rows of left pass over it, while
+  // the next one is fetched bit by bit.
+  void add_panels(const Block& b) const {
+    alignas(64) A room[kDepth * W];
+    for (int64_t c = 0; c < b.columns; c += W) {
+      const int64_t n = b.columns - c < W ? b.columns - c : W, depth = b.left.depth, rows = b.rows.size;
+      const T* next = c + W < b.columns ? b.right + c + W : b.right + depth * right_stride;
+      with_constant<kPanel>((n + L - 1) / L, [&](auto V) {
+        const Panel panel = gather<V.value>(b.right + c, depth, n, room);
+        each_tile<V.value>(rows, [&](auto R, int64_t row) {
+          for (int64_t k = row * depth / rows; k < (row + R.value) * depth / rows; k++)
+            for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * right_stride + v * L, 0, 2);
+          multiply_tile<R.value, V.value>(panel.at, panel.stride, b.sums + row * b.stride + c, b.stride,
+                                          b.fresh, n, past_cache, b.left.from(row, 0, depth));
+        });
+      });
+    }
+  }
+
+  struct Panel {
+    const A* at;
+    int64_t stride;
+  };
+  template <int V>
+  Panel gather(const T* from, int64_t depth, int64_t n, A* room) const {
+    if constexpr (kInPlace)
+      if (right_stride <= W) return {from, right_stride};
+    for (int64_t k = 0; k < depth; k++)
+      for (int v = 0; v < V; v++)
+        store(room + (k * V + v) * L, load_upto(from + k * right_stride + v * L, n - v * L));
+    return {room, V * L};
+  }
+
+  // Tile after tile from the first column to the last, so that out is written in order.
+  void add_rows(const Block& b) const {
+    each_tile<kPanel>(b.rows.size, [&](auto R, int64_t row) {
+      const auto tile = [&](auto V, int64_t c) {
+        multiply_tile<R.value, V.value>(b.right + c, right_stride, b.sums + row * b.stride + c, b.stride,
+                                        b.fresh, b.columns - c, past_cache,
+                                        b.left.from(row, 0, b.left.depth));
+      };
+      int64_t c = 0;
+      for (; c + W <= b.columns; c += W) tile(Constant<kPanel>{}, c);
+      if (c < b.columns) with_constant<kPanel>((b.columns - c + L - 1) / L, [&](auto V) { tile(V, c); });
+    });
   }
 };
 
@@ -155,7 +191,7 @@ static void bias_gradient(const Backward<T>& p, Range stretch, int64_t column) {
       const int64_t end = begin + kDepth < stretch.size ? begin + kDepth : stretch.size;
       Vec<A> sum{};
       for (int64_t row = begin; row < end; row++)
-        sum += load_upto(p.grad_gates + row * 4 * p.H + column + v * N, n - v * N);
+        sum += load_upto(p.grad_gates + row * p.grad_gates_stride + column + v * N, n - v * N);
       total += sum;
     }
     store_upto(out, total, n - v * N);
@@ -164,55 +200,68 @@ static void bias_gradient(const Backward<T>& p, Range stretch, int64_t column) {
 
 template <class T>
 static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& pool) {
-  constexpr int N = kLanes<Accumulate<T>>;
-  const int64_t G = 4 * p.H, B = stretch.size, row = stretch.begin;
+  using A = Accumulate<T>;
+  constexpr int64_t W = kWidth<A>;
+  const int64_t G = 4 * p.H, B = stretch.size, begin = stretch.begin;
 
-  struct Blocks {
+  struct Pieces {
     const Backward<T>& p;
     Range stretch;
-    int64_t across;
-  } blocks{p, stretch, (p.H + N - 1) / N};
+    int64_t count;
+  } pieces{p, stretch, 4 * pool.threads};
   pool.run(
-      blocks.across * ((B + N - 1) / N), B * p.H * 100,
+      pieces.count, B * p.H * kGradientWork,
       [](const void* context, int64_t i) {
-        const Blocks& t = *static_cast<const Blocks*>(context);
-        const int64_t row = i / t.across * N, u = i % t.across * N, B = t.stretch.size, H = t.p.H;
-        gate_gradients(t.p, t.stretch, row, B - row < N ? B - row : N, u, H - u < N ? H - u : N);
+        const Pieces& t = *static_cast<const Pieces*>(context);
+        gate_gradients(t.p, t.stretch, piece(i, t.count, t.stretch.size, 1));
       },
-      &blocks);
+      &pieces);
 
   // All the rest is independent: one list of tasks, so that no thread waits for another's product.
   struct Tasks {
     const Backward<T>& p;
     Range stretch;
-    Product<T> products[4];
+    Product<T, Rows<A>> of_rows[2];
+    Product<T, Columns<A>> of_weights[2];
   };
-  const auto of_rows = [&](const T* weight, T* out, int64_t K) -> Product<T> {
-    return {p.grad_gates, weight, K, out ? out + row * K : nullptr, B, G, K, true, pool.threads};
+  const auto of_rows = [&](const T* weight, T* out, int64_t N) -> Product<T, Rows<A>> {
+    return {{p.grad_gates, p.grad_gates_stride, G}, weight, N, out ? out + begin * N : nullptr, B, N, true,
+            pool.threads};
   };
-  const auto of_weights = [&](const T* from, int64_t from_stride, T* out, int64_t K) -> Product<T> {
-    return {p.grad_gates_t, from + row * from_stride, from_stride, out, G, B, K, row == 0, pool.threads};
+  const auto of_weights = [&](const T* from, int64_t from_stride, T* out,
+                              int64_t N) -> Product<T, Columns<A>> {
+    return {{p.grad_gates, p.grad_gates_stride, B}, from + begin * from_stride, from_stride, out, G, N,
+            begin == 0, pool.threads};
   };
   const Tasks tasks{p,
                     stretch,
-                    {of_rows(p.weight_ih, p.grad_input, p.I), of_rows(p.weight_hh, p.grad_hx, p.H),
-                     of_weights(p.input, p.input_stride, p.grad_weight_ih, p.I),
+                    {of_rows(p.weight_ih, p.grad_input, p.I), of_rows(p.weight_hh, p.grad_hx, p.H)},
+                    {of_weights(p.input, p.input_stride, p.grad_weight_ih, p.I),
                      of_weights(p.hx, p.hx_stride, p.grad_weight_hh, p.H)}};
-  constexpr int64_t W = kWidth<Accumulate<T>>;
   int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? B * G : 0;
-  for (const Product<T>& product : tasks.products) {
-    count += product.tasks();
-    work += product.work();
-  }
+  const auto add = [&](const auto& products) {
+    for (const auto& product : products) {
+      count += product.tasks();
+      work += product.work();
+    }
+  };
+  add(tasks.of_rows);
+  add(tasks.of_weights);
   pool.run(
       count, work,
       [](const void* context, int64_t i) {
         const Tasks& t = *static_cast<const Tasks*>(context);
-        for (const Product<T>& product : t.products) {
-          if (i < product.tasks()) return product.run(i);
-          i -= product.tasks();
-        }
-        bias_gradient(t.p, t.stretch, i * W);
+        const auto ran = [&i](const auto& products) {
+          for (const auto& product : products) {
+            if (i < product.tasks()) {
+              product.run(i);
+              return true;
+            }
+            i -= product.tasks();
+          }
+          return false;
+        };
+        if (!ran(t.of_rows) && !ran(t.of_weights)) bias_gradient(t.p, t.stretch, i * W);
       },
       &tasks);
 }

@@ -16,22 +16,18 @@ LSTMFUSED_INLINE Vec<A> sum_bias(const Forward<T>& p, int gate, int64_t u, int64
   return sum;
 }
 
-// The end of the step for n units of one row: sums -> gates -> c', h'.
-template <class T, class A = Accumulate<T>>
-LSTMFUSED_INLINE void finish(const Forward<T>& p, int64_t row, int64_t u, int64_t n,
-                             const Gates<Vec<A>>& sums) {
+// The end of the step for n vectors: from sums(i), Gates before activation, c[i] becomes c' and h[i] h';
+// save(i, gates) gets the activated ones. In two passes, so that more of them are under way at once.
+template <class A, class Sums, class Save>
+LSTMFUSED_INLINE void finish(int64_t n, Vec<A>* c, Vec<A>* h, Sums&& sums, Save&& save) {
   using Math = VectorMath<A>;
-  const Gates<Vec<A>> gate = activate<Math>(sums);
-  const Vec<A> c = next_cell(gate, load_upto(p.cx + row * p.cx_stride + u, n));
-  store_upto(p.c + row * p.H + u, c, n);
-  store_upto(p.h + row * p.H + u, next_hidden<Math>(gate, c), n);
-  if (p.gates) {
-    T* gates = p.gates + row * 4 * p.H + u;
-    store_upto(gates, gate.i, n);
-    store_upto(gates + p.H, gate.f, n);
-    store_upto(gates + 2 * p.H, gate.g, n);
-    store_upto(gates + 3 * p.H, gate.o, n);
+  for (int64_t i = 0; i < n; i++) {
+    const Gates<Vec<A>> gate = activate<Math>(sums(i));
+    c[i] = next_cell(gate, c[i]);
+    h[i] = gate.o;
+    save(i, gate);
   }
+  for (int64_t i = 0; i < n; i++) h[i] = next_hidden<Math>(Gates<Vec<A>>{{}, {}, {}, h[i]}, c[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -43,24 +39,25 @@ LSTMFUSED_INLINE void finish(const Forward<T>& p, int64_t row, int64_t u, int64_
 template <class T, class A = Accumulate<T>>
 static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t u, int64_t n, A* sums,
                          const A* bias, int64_t units) {
-  using Math = VectorMath<A>;
   constexpr int N = kLanes<A>;
+  const auto place = [&](int gate, int64_t i) { return sums + (gate * units + i) * kWidth<A>; };
+  const auto sum = [&](int gate, int64_t i) { return load(place(gate, i)) + bias[gate * units + i]; };
+  const auto save = [&](int64_t i, const Gates<Vec<A>>& gate) {
+    if (!p.gates) return;
+    store(place(0, i), gate.i);
+    store(place(1, i), gate.f);
+    store(place(2, i), gate.g);
+    store(place(3, i), gate.o);
+  };
   Vec<A> c[N], h[N];
   for (int r = 0; r < N; r++) c[r] = r < rows ? load_upto(p.cx + (row + r) * p.cx_stride + u, n) : Vec<A>{};
   transpose<A>(c);
-  for (int64_t i = 0; i < n; i++) {
-    const auto place = [&](int gate) { return sums + (gate * units + i) * kWidth<A>; };
-    const auto sum = [&](int gate) { return load(place(gate)) + bias[gate * units + i]; };
-    const Gates<Vec<A>> gate = activate<Math>(Gates<Vec<A>>{sum(0), sum(1), sum(2), sum(3)});
-    c[i] = next_cell(gate, c[i]);
-    h[i] = next_hidden<Math>(gate, c[i]);
-    if (p.gates) {
-      store(place(0), gate.i);
-      store(place(1), gate.f);
-      store(place(2), gate.g);
-      store(place(3), gate.o);
-    }
-  }
+  finish<A>(
+      n, c, h,
+      [&](int64_t i) {
+        return Gates<Vec<A>>{sum(0, i), sum(1, i), sum(2, i), sum(3, i)};
+      },
+      save);
   const auto write = [&](Vec<A>* block, T* to, int64_t stride) {
     transpose<A>(block);
     for (int64_t r = 0; r < rows; r++) store_upto(to + r * stride, block[r], n);
@@ -69,7 +66,7 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
   write(h, p.h + row * p.H + u, p.H);
   for (int gate = 0; gate < 4 && p.gates; gate++) {
     Vec<A> block[N];
-    for (int i = 0; i < N; i++) block[i] = i < n ? load(sums + (gate * units + i) * kWidth<A>) : Vec<A>{};
+    for (int i = 0; i < N; i++) block[i] = i < n ? load(place(gate, i)) : Vec<A>{};
     write(block, p.gates + row * 4 * p.H + gate * p.H + u, 4 * p.H);
   }
 }
@@ -119,16 +116,14 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
       const int64_t row = gate * p.H + units.begin + unit;
       const Rows<T> input{p.weight_ih + row * p.I + of_input.begin, p.I, of_input.size};
       const Rows<T> state{p.weight_hh + row * p.H + of_state.begin, p.H, of_state.size};
-      prefetch_next<R.value>(input);
-      prefetch_next<R.value>(state);
       alignas(64) A room[kTileRows * kDepth];
-      multiply_tile<R.value, V.value>(
-          widened<R.value>(input, room), widened<R.value>(state, room + input.depth), scratch.panel, W,
-          scratch.sums + (gate * units.size + unit) * W, W, k == 0, int64_t(V.value * N), false);
+      multiply_tile<R.value, V.value>(scratch.panel, W, scratch.sums + (gate * units.size + unit) * W, W,
+                                      k == 0, int64_t(V.value * N), false, widened<R.value>(input, room),
+                                      widened<R.value>(state, room + input.depth));
     };
     with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
       for (int gate = 0; gate < 4; gate++)
-        each_tile(units.size, [&](auto R, int64_t unit) { add_gate(gate, R, V, unit); });
+        each_tile<V.value>(units.size, [&](auto R, int64_t unit) { add_gate(gate, R, V, unit); });
     });
   }
   A bias[4 * kUnits];
@@ -152,56 +147,41 @@ constexpr int kDots = 8;  // of 16
 #endif
 constexpr int kDotRows = 128;  // of which scratch has room for the sums
 
-// dots (R, 4) = or += left @ weight rows u of the four gates. With few rows K is unrolled, to have enough
-// sums in flight; units follow one another, for so their weights are four long streams that the processor
-// foresees.
-template <int R, int Unroll, class T, class A = Accumulate<T>>
-LSTMFUSED_INLINE void add_dots(Vec<A>* dots, Rows<A> left, const T* weight, int64_t H, int64_t u,
-                               bool fresh) {
-  constexpr int N = kLanes<A>;
-  const int64_t K = left.depth;
-  Vec<A> sums[Unroll][R * 4];
-#pragma GCC unroll 8
-  for (int i = 0; i < Unroll; i++)
-#pragma GCC unroll 16
-    for (int d = 0; d < R * 4; d++) sums[i][d] = Vec<A>{};
-  const auto step = [&](Vec<A>* into, int64_t k, auto load_part) {
-    Vec<A> x[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) x[r] = load_part(left.at + r * left.stride + k);
-    for (int gate = 0; gate < 4; gate++) {
-      const T* row = weight + (gate * H + u) * K + k;
-      if (R == kDots / 4) __builtin_prefetch(row + K, 0, 2);  // of the next unit
-      const Vec<A> w = load_part(row);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) into[r * 4 + gate] += x[r] * w;
-    }
-  };
-  int64_t k = 0;
-  for (; k + Unroll * N <= K; k += Unroll * N)
-#pragma GCC unroll 8
-    for (int i = 0; i < Unroll; i++) step(sums[i], k + i * N, [](auto* p) { return load(p); });
-  for (; k + N <= K; k += N) step(sums[0], k, [](auto* p) { return load(p); });
-  if (k < K) step(sums[0], k, [n = K - k](auto* p) { return load_some(p, n); });
-#pragma GCC unroll 16
-  for (int d = 0; d < R * 4; d++) {
-#pragma GCC unroll 8
-    for (int i = 1; i < Unroll; i++) sums[0][d] += sums[i][d];
-    dots[d] = fresh ? sums[0][d] : dots[d] + sums[0][d];
-  }
-}
-
-// sums (R, Units, 4) of the units from u on; rows of it are N units apart
+// sums (R, Units, 4) of the units from u on; rows of it are N units apart. With few rows K is unrolled, to
+// have enough sums in flight; units follow one another, for so their weights are four long streams that the
+// processor foresees.
 template <int Units, int R, class T, class A = Accumulate<T>>
 static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
-  constexpr int N = kLanes<A>, Dots = 4 * Units * R;
-  const Rows<A> input{p.input + row * p.input_stride, p.input_stride, p.I};
-  const Rows<A> state{p.hx + row * p.hx_stride, p.hx_stride, p.H};
+  constexpr int N = kLanes<A>, Unroll = Units, Dots = 4 * Units * R;
   Vec<A> dots[(Dots + N - 1) / N * N];  // (Units, R, 4)
   for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
   for (int i = 0; i < Units; i++) {
-    add_dots<R, Units>(dots + i * R * 4, input, p.weight_ih, p.H, u + i, true);
-    add_dots<R, Units>(dots + i * R * 4, state, p.weight_hh, p.H, u + i, false);
+    Vec<A> s[Unroll][R * 4];
+    each_sum<Unroll, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[j][d] = Vec<A>{}; });
+    const auto add = [&](Rows<A> left, const T* weight) LSTMFUSED_INLINED {
+      const int64_t K = left.depth;
+      const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
+        Vec<A> x[R];
+        each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
+#pragma GCC unroll 4
+        for (int gate = 0; gate < 4; gate++) {
+          const T* at = weight + (gate * p.H + u + i) * K + k;
+          if (R == kDots / 4) __builtin_prefetch(at + K, 0, 2);  // of the next unit
+          const Vec<A> w = load_part(at);
+          each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { into[r * 4 + gate] += x[r] * w; });
+        }
+      };
+      int64_t k = 0;
+      for (; k + Unroll * N <= K; k += Unroll * N)
+#pragma GCC unroll 8
+        for (int j = 0; j < Unroll; j++) step(s[j], k + j * N, [](auto* p) { return load(p); });
+      for (; k + N <= K; k += N) step(s[0], k, [](auto* p) { return load(p); });
+      if (k < K) step(s[0], k, [n = K - k](auto* p) { return load_some(p, n); });
+    };
+    add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih);
+    add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
+    each_sum<Unroll - 1, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[0][d] += s[j + 1][d]; });
+    each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[i * R * 4 + d] = s[0][d]; });
   }
   alignas(64) A sum[Dots + N];
   for (int i = 0; i < Dots; i += N) store(sum + i, sum_each<A>(dots + i));
@@ -238,11 +218,29 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
   Vec<A> b[4];
   for (int gate = 0; gate < 4; gate++) b[gate] = sum_bias(p, gate, u0, n);
-  for (int64_t row = 0; row < rows.size; row++) {
-    Vec<A> s[4];
-    for (int i = 0; i < 4; i++) s[i] = load(sums + (row * 4 + i) * N);
-    deinterleave<A>(s);
-    finish(p, rows.begin + row, u0, n, {s[0] + b[0], s[1] + b[1], s[2] + b[2], s[3] + b[3]});
+  for (int64_t begin = 0; begin < rows.size; begin += N) {
+    const int64_t row = rows.begin + begin, count = rows.size - begin < N ? rows.size - begin : N;
+    Vec<A> c[N], h[N];
+    for (int64_t r = 0; r < count; r++) c[r] = load_upto(p.cx + (row + r) * p.cx_stride + u0, n);
+    const auto sum = [&](int64_t r) {
+      Vec<A> s[4];
+      for (int i = 0; i < 4; i++) s[i] = load(sums + ((begin + r) * 4 + i) * N);
+      deinterleave<A>(s);
+      return Gates<Vec<A>>{s[0] + b[0], s[1] + b[1], s[2] + b[2], s[3] + b[3]};
+    };
+    const auto save = [&](int64_t r, const Gates<Vec<A>>& gate) {
+      if (!p.gates) return;
+      T* gates = p.gates + (row + r) * 4 * p.H + u0;
+      store_upto(gates, gate.i, n);
+      store_upto(gates + p.H, gate.f, n);
+      store_upto(gates + 2 * p.H, gate.g, n);
+      store_upto(gates + 3 * p.H, gate.o, n);
+    };
+    finish<A>(count, c, h, sum, save);
+    for (int64_t r = 0; r < count; r++) {
+      store_upto(p.c + (row + r) * p.H + u0, c[r], n);
+      store_upto(p.h + (row + r) * p.H + u0, h[r], n);
+    }
   }
 }
 

@@ -145,9 +145,8 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
   with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
     using A = Accumulate<T>;
-    const int64_t stretch = backward_rows<T>(B, H);
-    const Tensor grad_gates = empty({stretch, 4 * H}, sums);
-    const Tensor grad_gates_t = empty({output_mask[3] || output_mask[4] ? 4 * H : 0, stretch}, sums);
+    const int64_t stretch = backward_rows<T>(B, H), stride = backward_stride<T>(H);
+    const Tensor grad_gates = empty({stretch, stride}, sums);
     kernels.backward({B,
                       I,
                       H,
@@ -166,7 +165,7 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
                       in<T>(weight_hh),
                       stretch,
                       out<A>(grad_gates),
-                      out<A>(grad_gates_t),
+                      stride,
                       out<T>(grad_input),
                       out<T>(grad_hx),
                       out<T>(grad_cx),

@@ -13,63 +13,93 @@ namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
 constexpr int kPanel = 4;    // vectors in a row of right, at most
-constexpr int kDepth = 256;  // kDepth by kPanel vectors of right are 64 KiB or less, in L2 beside the sums
+constexpr int kDepth = 128;  // kDepth by kPanel vectors of right are 32 KiB or less: the first-level cache
 constexpr int kRows = 512;   // rows of kPanel vectors of sums in scratch
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 6;  // of 32 registers: 24 sums, 4 of right
+constexpr int kTileSums = 24;  // of 32 registers, beside kPanel of right and one of left
 #else
-constexpr int kTileRows = 3;  // of 16 registers: 12 sums, 1 of right, 3 of left
+constexpr int kTileSums = 12;  // of 16; sums, right and left are 2 too many, but for 3 by 4 and 4 by 3 by one
 #endif
+constexpr int kTileRows = 12;  // more have too many loads for their additions
+
+// Rows of a tile of V vectors: as many as there are registers for.
+constexpr int tile_rows(int V) { return kTileSums / V < kTileRows ? kTileSums / V : kTileRows; }
 
 template <class A>
 constexpr int kWidth = kPanel * kLanes<A>;
 
-// (rows, depth), a row's elements contiguous
+// The left factor (rows, depth), row-major: a row's elements lie together ...
 template <class L>
 struct Rows {
   const L* at;
   int64_t stride, depth;
+
+  L element(int64_t row, int64_t k) const { return at[row * stride + k]; }
+  Rows from(int64_t row, int64_t k, int64_t n) const { return {at + row * stride + k, stride, n}; }
+  // A line's length of the rows of the next tile of R: short pieces, far apart, which the processor does not
+  // foresee.
+  template <int R>
+  LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) __builtin_prefetch(at + (R + r) * stride + k, 0, 2);
+  }
+};
+
+// ... or column-major: those of one depth do.
+template <class L>
+struct Columns {
+  const L* at;
+  int64_t stride, depth;
+
+  L element(int64_t row, int64_t k) const { return at[k * stride + row]; }
+  Columns from(int64_t row, int64_t k, int64_t n) const { return {at + k * stride + row, stride, n}; }
+  template <int R>
+  void prefetch_next(int64_t) const {}  // in the lines of this one, mostly
 };
 
 // Loops over registers must vanish before the compiler looks for arrays to keep there: hence the pragmas,
 // without which GCC zeroes and copies the sums in memory.
 template <int R, int V, class F>
 LSTMFUSED_INLINE void each_sum(F&& f) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; v++) f(r, v);
 }
 
-// left comes in two parts, one behind the other along the depth. P is the type of right, converted as it is
+// left may come in parts, one behind the other along the depth. P is the type of right, converted as it is
 // loaded. `past_cache` needs whole vectors and sums in lines of their own.
-template <int R, int V, class A, class P>
-LSTMFUSED_INLINE void multiply_tile(Rows<A> first, Rows<A> second, const P* right, int64_t right_stride,
-                                    A* sums, int64_t stride, bool fresh, int64_t n, bool past_cache) {
+template <int R, int V, class A, class P, class... Left>
+LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sums, int64_t stride, bool fresh,
+                                    int64_t n, bool past_cache, Left... parts) {
   constexpr int N = kLanes<A>;
-  const auto load_part = [n](auto* row, int v) {
+  const auto load_part = [n](auto* row, int v) LSTMFUSED_INLINED {
     return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
   };
   Vec<A> s[R][V];
-  each_sum<R, V>([&](int r, int v) { s[r][v] = Vec<A>{}; });
-  const auto add = [&](Rows<A> left) {
-    for (int64_t k = 0; k < left.depth; k++, right += right_stride) {
-      Vec<A> x[R];
-      each_sum<R, 1>([&](int r, int) { x[r] = broadcast(left.at[r * left.stride + k]); });
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        const Vec<A> w = load_part(right, v);
-        each_sum<R, 1>([&](int r, int) { s[r][v] += x[r] * w; });
+  each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] = Vec<A>{}; });
+  const auto add = [&](auto left) LSTMFUSED_INLINED {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+    for (int64_t k = 0; k < left.depth;) {
+      left.template prefetch_next<R>(k);  // bit by bit: all at once would keep this tile's loads waiting
+      for (const int64_t end = k + kLine < left.depth ? k + kLine : left.depth; k < end;
+           k++, right += right_stride) {
+        Vec<A> w[V];
+        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { w[v] = load_part(right, v); });
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const Vec<A> x = broadcast(left.element(r, k));
+          each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { s[r][v] += x * w[v]; });
+        }
       }
     }
   };
-  add(first);
-  add(second);
-  if (!fresh) each_sum<R, V>([&](int r, int v) { s[r][v] += load_part(sums + r * stride, v); });
+  (add(parts), ...);
+  if (!fresh) each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] += load_part(sums + r * stride, v); });
   if (past_cache)
-    each_sum<R, V>([&](int r, int v) { stream(sums + r * stride + v * N, s[r][v]); });
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(sums + r * stride + v * N, s[r][v]); });
   else
-    each_sum<R, V>([&](int r, int v) {
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED {
       A* sum = sums + r * stride + v * N;
       v < V - 1 ? store(sum, s[r][v]) : store_upto(sum, s[r][v], n - v * N);
     });
@@ -91,22 +121,16 @@ LSTMFUSED_INLINE void with_constant(int64_t number, F&& f) {
   f(Constant<Most>{});
 }
 
-// f(Constant<height>, row) for tiles of nearly equal height: 8 rows are 4 + 4, not 6 + 2
-template <class F>
+// f(Constant<height>, row) for tiles of V vectors and of nearly equal height: 8 rows are 4 + 4, not 6 + 2
+template <int V, class F>
 LSTMFUSED_INLINE void each_tile(int64_t rows, F&& f) {
-  int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  constexpr int kMost = tile_rows(V);
+  int64_t tiles = (rows + kMost - 1) / kMost;
   for (int64_t row = 0; row < rows; tiles--) {
     const int64_t height = (rows - row + tiles - 1) / tiles;
-    with_constant<kTileRows>(height, [&](auto R) { f(R, row); });
+    with_constant<kMost>(height, [&](auto R) { f(R, row); });
     row += height;
   }
-}
-
-// The rows of the next tile: short pieces, far apart, which the processor does not foresee.
-template <int R, class L>
-LSTMFUSED_INLINE void prefetch_next(Rows<L> rows) {
-  for (int64_t k = 0; k < rows.depth; k += 64 / int64_t(sizeof(L)))
-    for (int r = 0; r < R; r++) __builtin_prefetch(rows.at + (R + r) * rows.stride + k, 0, 2);
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@
 #define LSTMFUSED_NAME(prefix, isa) LSTMFUSED_PASTE(prefix, isa)
 #define LSTMFUSED_VARIANT LSTMFUSED_NAME(isa_, LSTMFUSED_ISA)
 
-#define LSTMFUSED_INLINE static inline __attribute__((always_inline))
+#define LSTMFUSED_INLINED __attribute__((always_inline))  // of members and lambdas
+#define LSTMFUSED_INLINE static inline LSTMFUSED_INLINED
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
@@ -356,31 +357,35 @@ struct VectorMath {
 #endif
   }
 
-  // exp(x) = 2^n (1 + q): returns q and, in `shifted`, n + K::round. NaN passes through q.
-  LSTMFUSED_INLINE F reduced_exp(F x, F& shifted) {
+  // x = n log(2) + r for the n nearest to x / log(2); `shifted` is n + K::round.
+  LSTMFUSED_INLINE F reduce(F x, F& shifted) {
     shifted = x * A(1.4426950408889634) + K::round;
-    const F rounded = shifted - K::round;
-    F r = x - rounded * K::log2_high;
-    r = r - rounded * K::log2_low;
+    const F n = shifted - K::round;
+    return x - n * K::log2_high - n * K::log2_low;
+  }
+
+  // (exp(r) - 1 - r) / r^2
+  LSTMFUSED_INLINE F tail(F r) {
     F p = broadcast(K::coefficients[0]);
 #pragma GCC unroll 16
     for (unsigned i = 1; i < sizeof(K::coefficients) / sizeof(A); i++) p = p * r + K::coefficients[i];
-    return p * (r * r) + r;
+    return p;
   }
 
   // 1 / (1 + exp(-x)); overflows of exp give exactly 0, as in torch.
   LSTMFUSED_INLINE F sigmoid(F x) {
     F n;
-    const F q = reduced_exp(at_least(at_most(-x, K::limit), -K::limit), n);
-    return 1 / (1 + scale(1 + q, n));
+    const F r = reduce(-at_least(at_most(x, K::limit), -K::limit), n);
+    return 1 / (1 + scale((tail(r) * r + 1) * r + 1, n));
   }
 
   // -m / (m + 2) with m = exp(-2 |x|) - 1: small values keep their relative precision.
   LSTMFUSED_INLINE F tanh(F x) {
     const Int sign = (Int)x & (Int)broadcast(A(-0.0));
     F n;
-    const F q = reduced_exp(at_least(-2 * (F)((Int)x ^ sign), A(-40)), n);
-    const F power = power_of_two((Int)n - (Int)broadcast(K::round)), m = q * power + (power - 1);
+    const F r = reduce(-2 * at_most((F)((Int)x ^ sign), A(20)), n);
+    const F power = power_of_two((Int)n - (Int)broadcast(K::round));
+    const F m = (tail(r) * (r * r) + r) * power + (power - 1);
     return (F)((Int)(-m / (m + 2)) ^ sign);
   }
 };
