@@ -147,10 +147,17 @@ constexpr int kDots = 8;  // of 16
 #endif
 constexpr int kDotRows = 128;  // of which scratch has room for the sums
 
+constexpr int64_t kFarBytes = 16 << 20;  // of weights, which then come from memory at every call
+
+template <class T>
+static bool far_weights(const Forward<T>& p) {
+  return 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarBytes;
+}
+
 // sums (R, Units, 4) of the units from u on; rows of it are N units apart. With few rows K is unrolled, to
 // have enough sums in flight; units follow one another, for so their weights are four long streams that the
-// processor foresees.
-template <int Units, int R, class T, class A = Accumulate<T>>
+// processor foresees; with more rows, those of the next unit are fetched `Ahead`.
+template <int Units, int R, bool Ahead, class T, class A = Accumulate<T>>
 static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
   constexpr int N = kLanes<A>, Unroll = Units, Dots = 4 * Units * R;
   Vec<A> dots[(Dots + N - 1) / N * N];  // (Units, R, 4)
@@ -163,11 +170,12 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
       const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
         Vec<A> x[R];
         each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
+        if constexpr (Ahead)
+          for (int gate = 0; gate < 4; gate++)
+            __builtin_prefetch(weight + (gate * p.H + u + i + 1) * K + k, 0, 2);
 #pragma GCC unroll 4
         for (int gate = 0; gate < 4; gate++) {
-          const T* at = weight + (gate * p.H + u + i) * K + k;
-          if (R == kDots / 4) __builtin_prefetch(at + K, 0, 2);  // of the next unit
-          const Vec<A> w = load_part(at);
+          const Vec<A> w = load_part(weight + (gate * p.H + u + i) * K + k);
           each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { into[r * 4 + gate] += x[r] * w; });
         }
       };
@@ -191,7 +199,7 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
       for (int gate = 0; gate < 4; gate++) sums[(r * N + i) * 4 + gate] = sum[(i * R + r) * 4 + gate];
 }
 
-template <class T>
+template <bool Far, class T>
 static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>, R = kDots / 4;
@@ -208,11 +216,13 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
       return from;
     };
     int64_t row = 0;
-    for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, T>, 1, row, 0);
+    for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, Far, T>, 1, row, 0);
     switch (rows.size - row) {
-      case 3: tiles(dot_tile<1, 3, T>, 1, row, 0); break;
-      case 2: tiles(dot_tile<1, 2, T>, 1, row, tiles(dot_tile<R / 2, 2, T>, R / 2, row, 0)); break;
-      case 1: tiles(dot_tile<1, 1, T>, 1, row, tiles(dot_tile<R, 1, T>, R, row, 0)); break;
+      case 3: tiles(dot_tile<1, 3, false, T>, 1, row, 0); break;
+      case 2:
+        tiles(dot_tile<1, 2, false, T>, 1, row, tiles(dot_tile<R / 2, 2, false, T>, R / 2, row, 0));
+        break;
+      case 1: tiles(dot_tile<1, 1, false, T>, 1, row, tiles(dot_tile<R, 1, false, T>, R, row, 0)); break;
     }
   }
 
@@ -247,16 +257,13 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 // ---------------------------------------------------------------------------------------------------
 
 // A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.9 of its depth, but for
-// whole vectors of rows. Weights beyond kFarBytes come from memory, where the panel's pace is enough.
+// whole vectors of rows. Far weights come at a pace that the panel keeps.
 // Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two.
-constexpr int64_t kFarBytes = 16 << 20;
-
 template <class T>
 static bool few_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
   const int64_t K = p.I + p.H, lanes = (p.B + N - 1) / N * N;
-  const bool far = 4 * p.H * K * int64_t(sizeof(T)) > kFarBytes;
-  return far ? 10 * p.B < 6 * lanes : 10 * p.B * (K + 40) < 9 * lanes * K;
+  return far_weights(p) ? 10 * p.B < 6 * lanes : 10 * p.B * (K + 40) < 9 * lanes * K;
 }
 
 // Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads
@@ -292,7 +299,8 @@ static void forward(const Forward<T>& p, const Pool& pool) {
   if (few_rows(p))
     return run([](const void* opaque, int64_t i) {
       const Context& t = *static_cast<const Context*>(opaque);
-      forward_dot(t.p, i % t.across * N, piece(i / t.across, t.down, t.p.B, kDots / 4));
+      const auto dot = far_weights(t.p) ? forward_dot<true, T> : forward_dot<false, T>;
+      dot(t.p, i % t.across * N, piece(i / t.across, t.down, t.p.B, kDots / 4));
     });
   cut(p.B, p.H, pool.threads, context.down, context.across, N);
   run([](const void* opaque, int64_t i) {
