@@ -63,10 +63,10 @@ struct Backward {
   int64_t hx_stride;
   const T* cx;  // (B, H)
   int64_t cx_stride;
-  const T* weight_ih;  // (4H, I)
-  const T* weight_hh;  // (4H, H)
-  int64_t rows;        // of the batch that scratch has room for: backward_rows()
-  A* grad_gates;       // (rows, 4H) scratch
+  const T* weight_ih;         // (4H, I)
+  const T* weight_hh;         // (4H, H)
+  int64_t rows;               // of the batch that scratch has room for: backward_rows()
+  A* grad_gates;              // (rows, 4H) scratch
   int64_t grad_gates_stride;  // backward_stride()
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)
@@ -87,8 +87,8 @@ static int64_t backward_rows(int64_t B, int64_t H) {
   return B <= rows ? B : rows < kMultiple ? (B < kMultiple ? B : kMultiple) : rows;
 }
 
-// Between rows of the gate gradients: whole cache lines, but no multiple of eight of them, or a column would
-// fall into few sets of the caches.
+// Between rows of the gate gradients: whole cache lines, but no multiple of eight of them, or a column
+// would fall into few sets of the caches.
 template <class T>
 static int64_t backward_stride(int64_t H) {
   constexpr int64_t kLine = 64 / sizeof(Accumulate<T>);

@@ -39,8 +39,9 @@ static void gate_gradients(const Backward<T>& p, Range stretch, Range rows) {
 
 constexpr int64_t kGradientWork = 100;  // what a state's gate gradients cost, in multiply-adds
 
-constexpr int64_t kFew = 2 * tile_rows(kPanel);  // so few rows leave a block of right no time to be fetched:
-constexpr int64_t kFewDepth = 16;        // then it is read nearly in the order in which it lies
+constexpr int64_t kFew =
+    2 * tile_rows(kPanel);         // so few rows leave a block of right no time to be fetched:
+constexpr int64_t kFewDepth = 16;  // then it is read nearly in the order in which it lies
 constexpr int64_t kBlockColumns = 256, kBlockRows = 384;
 constexpr int64_t kPackRows = 48, kPackDepth = 33;  // of left, from which copies of right pay
 constexpr int64_t kPastCacheBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
@@ -63,7 +64,13 @@ struct Product {
 
   Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
           int64_t threads)
-      : left(left), right(right), right_stride(right_stride), out(out), M(M), K(left.depth), N(N),
+      : left(left),
+        right(right),
+        right_stride(right_stride),
+        out(out),
+        M(M),
+        K(left.depth),
+        N(N),
         fresh(fresh) {
     depth = M <= kFew ? kFewDepth : kDepth;
     past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
@@ -225,13 +232,25 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
     Product<T, Columns<A>> of_weights[2];
   };
   const auto of_rows = [&](const T* weight, T* out, int64_t N) -> Product<T, Rows<A>> {
-    return {{p.grad_gates, p.grad_gates_stride, G}, weight, N, out ? out + begin * N : nullptr, B, N, true,
+    return {{p.grad_gates, p.grad_gates_stride, G},
+            weight,
+            N,
+            out ? out + begin * N : nullptr,
+            B,
+            N,
+            true,
             pool.threads};
   };
   const auto of_weights = [&](const T* from, int64_t from_stride, T* out,
                               int64_t N) -> Product<T, Columns<A>> {
-    return {{p.grad_gates, p.grad_gates_stride, B}, from + begin * from_stride, from_stride, out, G, N,
-            begin == 0, pool.threads};
+    return {{p.grad_gates, p.grad_gates_stride, B},
+            from + begin * from_stride,
+            from_stride,
+            out,
+            G,
+            N,
+            begin == 0,
+            pool.threads};
   };
   const Tasks tasks{p,
                     stretch,

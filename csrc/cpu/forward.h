@@ -53,11 +53,7 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
   for (int r = 0; r < N; r++) c[r] = r < rows ? load_upto(p.cx + (row + r) * p.cx_stride + u, n) : Vec<A>{};
   transpose<A>(c);
   finish<A>(
-      n, c, h,
-      [&](int64_t i) {
-        return Gates<Vec<A>>{sum(0, i), sum(1, i), sum(2, i), sum(3, i)};
-      },
-      save);
+      n, c, h, [&](int64_t i) { return Gates<Vec<A>>{sum(0, i), sum(1, i), sum(2, i), sum(3, i)}; }, save);
   const auto write = [&](Vec<A>* block, T* to, int64_t stride) {
     transpose<A>(block);
     for (int64_t r = 0; r < rows; r++) store_upto(to + r * stride, block[r], n);
@@ -72,10 +68,12 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
 }
 
 constexpr int kUnits = kRows / 4;  // of which scratch has room for the sums
+template <class A>
+constexpr int kPanelSize = (128 << 10) / sizeof(A);
 
 template <class A>
 struct Scratch {
-  alignas(64) A panel[kDepth * kWidth<A>];     // (depth, rows)
+  alignas(64) A panel[kPanelSize<A>];          // (depth, rows)
   alignas(64) A sums[4 * kUnits * kWidth<A>];  // (4, units, rows)
 };
 
@@ -99,33 +97,48 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
   constexpr int N = kLanes<A>;
   constexpr int64_t W = kWidth<A>;
   Scratch<A> scratch;
-  // Input and state are one right factor of depth I + H, whose panels may hold the end of one and the
-  // beginning of the other.
-  for (int64_t k = 0; k < p.I + p.H; k += kDepth) {
-    const int64_t end = k + kDepth < p.I + p.H ? k + kDepth : p.I + p.H;
-    const Range of_input{k < p.I ? k : p.I, (end < p.I ? end : p.I) - (k < p.I ? k : p.I)};
-    const Range of_state{k < p.I ? 0 : k - p.I, end - k - of_input.size};
-    for (int64_t v = 0; v < rows.size; v += N) {
-      const int64_t row = rows.begin + v, n = rows.size - v < N ? rows.size - v : N;
-      transpose_into(scratch.panel + v, W, p.input + row * p.input_stride + of_input.begin, p.input_stride,
-                     n, of_input.size);
-      transpose_into(scratch.panel + of_input.size * W + v, W, p.hx + row * p.hx_stride + of_state.begin,
-                     p.hx_stride, n, of_state.size);
-    }
-    const auto add_gate = [&](int gate, auto R, auto V, int64_t unit) {
-      const int64_t row = gate * p.H + units.begin + unit;
-      const Rows<T> input{p.weight_ih + row * p.I + of_input.begin, p.I, of_input.size};
-      const Rows<T> state{p.weight_hh + row * p.H + of_state.begin, p.H, of_state.size};
-      alignas(64) A room[kTileRows * kDepth];
-      multiply_tile<R.value, V.value>(scratch.panel, W, scratch.sums + (gate * units.size + unit) * W, W,
-                                      k == 0, int64_t(V.value * N), false, widened<R.value>(input, room),
-                                      widened<R.value>(state, room + input.depth));
-    };
-    with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
+  // Input and state are one right factor of depth I + H, of which a panel, and a block of one, may hold the
+  // end of one and the beginning of the other.
+  struct Parts {
+    Range input, state;
+  };
+  const int64_t K = p.I + p.H;
+  const auto parts = [&](int64_t begin, int64_t end) -> Parts {
+    const auto within = [](int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size; };
+    const int64_t i = within(begin, p.I), h = within(begin - p.I, p.H);
+    return {{i, within(end, p.I) - i}, {h, within(end - p.I, p.H) - h}};
+  };
+  with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
+    constexpr int64_t w = V.value * N;
+    // A panel fits the first-level cache; one that leaves the weights little to do may be deeper, so that
+    // these are read in long pieces.
+    const int64_t deep = V.value <= 2 ? kPanelSize<A> / w : kDepth;
+    for (int64_t begin = 0; begin < K; begin += deep) {
+      const int64_t end = begin + deep < K ? begin + deep : K;
+      const Parts of = parts(begin, end);
+      for (int64_t v = 0; v < rows.size; v += N) {
+        const int64_t row = rows.begin + v, n = rows.size - v < N ? rows.size - v : N;
+        transpose_into(scratch.panel + v, w, p.input + row * p.input_stride + of.input.begin,
+                       p.input_stride, n, of.input.size);
+        transpose_into(scratch.panel + of.input.size * w + v, w, p.hx + row * p.hx_stride + of.state.begin,
+                       p.hx_stride, n, of.state.size);
+      }
       for (int gate = 0; gate < 4; gate++)
-        each_tile<V.value>(units.size, [&](auto R, int64_t unit) { add_gate(gate, R, V, unit); });
-    });
-  }
+        each_tile<V.value>(units.size, [&](auto R, int64_t unit) {
+          for (int64_t k = begin; k < end; k += kDepth) {
+            const Parts of = parts(k, k + kDepth < end ? k + kDepth : end);
+            const int64_t row = gate * p.H + units.begin + unit;
+            const Rows<T> input{p.weight_ih + row * p.I + of.input.begin, p.I, of.input.size};
+            const Rows<T> state{p.weight_hh + row * p.H + of.state.begin, p.H, of.state.size};
+            alignas(64) A room[kTileRows * kDepth];
+            multiply_tile<R.value, V.value>(scratch.panel + (k - begin) * w, w,
+                                            scratch.sums + (gate * units.size + unit) * W, W, k == 0, w,
+                                            false, widened<R.value>(input, room),
+                                            widened<R.value>(state, room + input.depth));
+          }
+        });
+    }
+  });
   A bias[4 * kUnits];
   for (int gate = 0; gate < 4; gate++)
     for (int64_t u = 0; u < units.size; u += N)
@@ -169,7 +182,8 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
       const int64_t K = left.depth;
       const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
         Vec<A> x[R];
-        each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
+        each_sum<1, R>([&](int, int r)
+                           LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
         if constexpr (Ahead)
           for (int gate = 0; gate < 4; gate++)
             __builtin_prefetch(weight + (gate * p.H + u + i + 1) * K + k, 0, 2);
@@ -280,7 +294,7 @@ static void cut(int64_t B, int64_t H, int64_t threads, int64_t& down, int64_t& a
   };
   while (too_few(threads) && across < blocks && H / (across + 1) >= kFewUnits) across++;
   // Pieces of the batch alone are little work, of which a thread that wakes late should find some left.
-  while (too_few(across == 1 ? 2 * threads : threads) && down < vectors) down++;
+  while (too_few(across == 1 && threads > 1 ? 2 * threads : threads) && down < vectors) down++;
 }
 
 constexpr int64_t kFinishWork = 50;  // what finish costs, in multiply-adds of each of the four sums

@@ -18,7 +18,8 @@ constexpr int kRows = 512;   // rows of kPanel vectors of sums in scratch
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileSums = 24;  // of 32 registers, beside kPanel of right and one of left
 #else
-constexpr int kTileSums = 12;  // of 16; sums, right and left are 2 too many, but for 3 by 4 and 4 by 3 by one
+constexpr int kTileSums =
+    12;  // of 16; sums, right and left are 2 too many, but for 3 by 4 and 4 by 3 by one
 #endif
 constexpr int kTileRows = 12;  // more have too many loads for their additions
 
@@ -36,8 +37,8 @@ struct Rows {
 
   L element(int64_t row, int64_t k) const { return at[row * stride + k]; }
   Rows from(int64_t row, int64_t k, int64_t n) const { return {at + row * stride + k, stride, n}; }
-  // A line's length of the rows of the next tile of R: short pieces, far apart, which the processor does not
-  // foresee.
+  // A line's length of the rows of the next tile of R: short pieces, far apart, which the processor does
+  // not foresee.
   template <int R>
   LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
 #pragma GCC unroll 16
@@ -70,8 +71,8 @@ LSTMFUSED_INLINE void each_sum(F&& f) {
 // left may come in parts, one behind the other along the depth. P is the type of right, converted as it is
 // loaded. `past_cache` needs whole vectors and sums in lines of their own.
 template <int R, int V, class A, class P, class... Left>
-LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sums, int64_t stride, bool fresh,
-                                    int64_t n, bool past_cache, Left... parts) {
+LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sums, int64_t stride,
+                                    bool fresh, int64_t n, bool past_cache, Left... parts) {
   constexpr int N = kLanes<A>;
   const auto load_part = [n](auto* row, int v) LSTMFUSED_INLINED {
     return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
@@ -95,7 +96,8 @@ LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sum
     }
   };
   (add(parts), ...);
-  if (!fresh) each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] += load_part(sums + r * stride, v); });
+  if (!fresh)
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] += load_part(sums + r * stride, v); });
   if (past_cache)
     each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(sums + r * stride + v * N, s[r][v]); });
   else
