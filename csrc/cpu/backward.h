@@ -44,6 +44,7 @@ constexpr int64_t kFew =
 constexpr int64_t kFewDepth = 16;  // then it is read nearly in the order in which it lies
 constexpr int64_t kBlockColumns = 256, kBlockRows = 384;
 constexpr int64_t kPackRows = 48, kPackDepth = 33;  // of left, from which copies of right pay
+constexpr int64_t kFarSums = 2 << 20;               // bytes that do not stay near from block to block
 constexpr int64_t kPastCacheBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
 
 template <class T, class Left>
@@ -60,7 +61,7 @@ struct Product {
   int64_t M, K, N;
   bool fresh;  // or added to what is in out, which then holds sums
   int64_t depth, across, down;
-  bool past_cache;
+  bool past_cache, far;
 
   Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
           int64_t threads)
@@ -75,6 +76,7 @@ struct Product {
     depth = M <= kFew ? kFewDepth : kDepth;
     past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    far = kInPlace && !past_cache && M * N * int64_t(sizeof(T)) >= kFarSums;
     constexpr int64_t columns = kInPlace ? kBlockColumns : kSums / kBlockRows / W * W;
     across = (N + columns - 1) / columns;
     down = (M + kBlockRows - 1) / kBlockRows;
@@ -115,72 +117,69 @@ struct Product {
   void add_blocks(Range rows, Range columns, A* sums, int64_t stride) const {
     const bool pack = rows.size >= kPackRows && K >= kPackDepth;
     for (int64_t k = 0; k < K; k += depth) {
-      const Block block{rows,
+      const Block block{rows.size,
                         left.from(rows.begin, k, K - k < depth ? K - k : depth),
-                        right + k * right_stride + columns.begin,
-                        columns.size,
-                        sums,
-                        stride,
-                        fresh && k == 0};
+                        {right + k * right_stride + columns.begin, right_stride, columns.size},
+                        {sums, stride, columns.size, fresh && k == 0, past_cache, far}};
       pack ? add_panels(block) : add_rows(block);
     }
   }
 
   struct Block {
-    Range rows;
+    int64_t rows;
     Left left;
-    const T* right;
-    int64_t columns;
-    A* sums;
-    int64_t stride;
-    bool fresh;
+    Right<T> right;
+    Sums<A> sums;
   };
 
   // Panel after panel of right, copied to lie together unless it does: all rows of left pass over it, while
   // the next one is fetched bit by bit.
   void add_panels(const Block& b) const {
     alignas(64) A room[kDepth * W];
-    for (int64_t c = 0; c < b.columns; c += W) {
-      const int64_t n = b.columns - c < W ? b.columns - c : W, depth = b.left.depth, rows = b.rows.size;
-      const T* next = c + W < b.columns ? b.right + c + W : b.right + depth * right_stride;
+    const int64_t depth = b.left.depth, rows = b.rows;
+    for (int64_t c = 0; c < b.right.columns; c += W) {
+      const int64_t n = b.right.columns - c < W ? b.right.columns - c : W;
+      const T* next = c + W < b.right.columns ? b.right.at + c + W : b.right.at + depth * b.right.stride;
       with_constant<kPanel>((n + L - 1) / L, [&](auto V) {
-        const Panel panel = gather<V.value>(b.right + c, depth, n, room);
+        const Right<A> panel = gather<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
         each_tile<V.value>(rows, [&](auto R, int64_t row) {
           for (int64_t k = row * depth / rows; k < (row + R.value) * depth / rows; k++)
-            for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * right_stride + v * L, 0, 2);
-          multiply_tile<R.value, V.value>(panel.at, panel.stride, b.sums + row * b.stride + c, b.stride,
-                                          b.fresh, n, past_cache, b.left.from(row, 0, depth));
+            for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * b.right.stride + v * L, 0, 2);
+          multiply_tile<R.value, V.value, kInPlace>(panel, part(b.sums, row, c, n),
+                                                    b.left.from(row, 0, depth));
         });
       });
     }
   }
 
-  struct Panel {
-    const A* at;
-    int64_t stride;
-  };
   template <int V>
-  Panel gather(const T* from, int64_t depth, int64_t n, A* room) const {
+  static Right<A> gather(Right<T> right, int64_t depth, A* room) {
     if constexpr (kInPlace)
-      if (right_stride <= W) return {from, right_stride};
+      if (right.stride <= W) return right;
     for (int64_t k = 0; k < depth; k++)
       for (int v = 0; v < V; v++)
-        store(room + (k * V + v) * L, load_upto(from + k * right_stride + v * L, n - v * L));
-    return {room, V * L};
+        store(room + (k * V + v) * L,
+              load_upto(right.at + k * right.stride + v * L, right.columns - v * L));
+    return {room, V * L, V * L};
   }
 
   // Tile after tile from the first column to the last, so that out is written in order.
   void add_rows(const Block& b) const {
-    each_tile<kPanel>(b.rows.size, [&](auto R, int64_t row) {
-      const auto tile = [&](auto V, int64_t c) {
-        multiply_tile<R.value, V.value>(b.right + c, right_stride, b.sums + row * b.stride + c, b.stride,
-                                        b.fresh, b.columns - c, past_cache,
-                                        b.left.from(row, 0, b.left.depth));
+    each_tile<kPanel>(b.rows, [&](auto R, int64_t row) {
+      const auto tile = [&](auto V, int64_t c, int64_t n) {
+        multiply_tile<R.value, V.value, false>(Right<T>{b.right.at + c, b.right.stride, n},
+                                               part(b.sums, row, c, n), b.left.from(row, 0, b.left.depth));
       };
       int64_t c = 0;
-      for (; c + W <= b.columns; c += W) tile(Constant<kPanel>{}, c);
-      if (c < b.columns) with_constant<kPanel>((b.columns - c + L - 1) / L, [&](auto V) { tile(V, c); });
+      for (; c + W <= b.right.columns; c += W) tile(Constant<kPanel>{}, c, W);
+      if (const int64_t n = b.right.columns - c)
+        with_constant<kPanel>((n + L - 1) / L, [&](auto V) { tile(V, c, n); });
     });
+  }
+
+  static Sums<A> part(Sums<A> sums, int64_t row, int64_t column, int64_t columns) {
+    return {
+        sums.at + row * sums.stride + column, sums.stride, columns, sums.fresh, sums.past_cache, sums.far};
   }
 };
 

@@ -131,10 +131,10 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
             const Rows<T> input{p.weight_ih + row * p.I + of.input.begin, p.I, of.input.size};
             const Rows<T> state{p.weight_hh + row * p.H + of.state.begin, p.H, of.state.size};
             alignas(64) A room[kTileRows * kDepth];
-            multiply_tile<R.value, V.value>(scratch.panel + (k - begin) * w, w,
-                                            scratch.sums + (gate * units.size + unit) * W, W, k == 0, w,
-                                            false, widened<R.value>(input, room),
-                                            widened<R.value>(state, room + input.depth));
+            const Right<A> panel{scratch.panel + (k - begin) * w, w, w};
+            const Sums<A> sums{scratch.sums + (gate * units.size + unit) * W, W, w, k == 0, false, false};
+            multiply_tile<R.value, V.value, false>(panel, sums, widened<R.value>(input, room),
+                                                   widened<R.value>(state, room + input.depth));
           }
         });
     }

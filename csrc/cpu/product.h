@@ -68,25 +68,47 @@ LSTMFUSED_INLINE void each_sum(F&& f) {
     for (int v = 0; v < V; v++) f(r, v);
 }
 
+// The right factor (depth, columns): columns beyond the last whole vector are zero.
+template <class P>
+struct Right {
+  const P* at;
+  int64_t stride, columns;
+};
+
+// (rows, columns)
+template <class A>
+struct Sums {
+  A* at;
+  int64_t stride, columns;
+  bool fresh;       // or added to
+  bool past_cache;  // written to memory; needs whole vectors in lines of their own
+  bool far;         // fetched while they are computed
+};
+
 // left may come in parts, one behind the other along the depth. P is the type of right, converted as it is
-// loaded. `past_cache` needs whole vectors and sums in lines of their own.
-template <int R, int V, class A, class P, class... Left>
-LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sums, int64_t stride,
-                                    bool fresh, int64_t n, bool past_cache, Left... parts) {
+// loaded. Only where sums may be far does it cost something to ask.
+template <int R, int V, bool MayBeFar, class A, class P, class... Left>
+LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) {
   constexpr int N = kLanes<A>;
-  const auto load_part = [n](auto* row, int v) LSTMFUSED_INLINED {
+  const auto load_part = [](auto* row, int v, int64_t n) LSTMFUSED_INLINED {
     return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
   };
   Vec<A> s[R][V];
   each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] = Vec<A>{}; });
+  A* next_sums = sums.at;
+  A* const far_end = sums.at + (MayBeFar && sums.far ? R * sums.stride : 0);
   const auto add = [&](auto left) LSTMFUSED_INLINED {
     constexpr int64_t kLine = 64 / int64_t(sizeof(A));
     for (int64_t k = 0; k < left.depth;) {
       left.template prefetch_next<R>(k);  // bit by bit: all at once would keep this tile's loads waiting
-      for (const int64_t end = k + kLine < left.depth ? k + kLine : left.depth; k < end;
-           k++, right += right_stride) {
+      if (MayBeFar && next_sums < far_end) {
+        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { __builtin_prefetch(next_sums + v * N, 1); });
+        next_sums += sums.stride;
+      }
+      const int64_t end = k + kLine < left.depth ? k + kLine : left.depth;
+      for (; k < end; k++, right.at += right.stride) {
         Vec<A> w[V];
-        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { w[v] = load_part(right, v); });
+        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { w[v] = load_part(right.at, v, right.columns); });
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           const Vec<A> x = broadcast(left.element(r, k));
@@ -95,15 +117,17 @@ LSTMFUSED_INLINE void multiply_tile(const P* right, int64_t right_stride, A* sum
       }
     }
   };
-  (add(parts), ...);
-  if (!fresh)
-    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] += load_part(sums + r * stride, v); });
-  if (past_cache)
-    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(sums + r * stride + v * N, s[r][v]); });
+  (add(left), ...);
+  const auto place = [&](int r) { return sums.at + r * sums.stride; };
+  if (!sums.fresh)
+    each_sum<R, V>([&](int r, int v)
+                       LSTMFUSED_INLINED { s[r][v] += load_part(place(r), v, sums.columns); });
+  if (sums.past_cache)
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(place(r) + v * N, s[r][v]); });
   else
     each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED {
-      A* sum = sums + r * stride + v * N;
-      v < V - 1 ? store(sum, s[r][v]) : store_upto(sum, s[r][v], n - v * N);
+      A* sum = place(r) + v * N;
+      v < V - 1 ? store(sum, s[r][v]) : store_upto(sum, s[r][v], sums.columns - v * N);
     });
 }
 
