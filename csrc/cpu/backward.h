@@ -44,6 +44,7 @@ constexpr int64_t kFew =
 constexpr int64_t kFewDepth = 16;  // then it is read nearly in the order in which it lies
 constexpr int64_t kBlockColumns = 256, kBlockRows = 384;
 constexpr int64_t kPackRows = 48, kPackDepth = 33;  // of left, from which copies of right pay
+constexpr int64_t kGatherColumns = 256;             // of right, from which those of left do
 constexpr int64_t kFarSums = 2 << 20;               // bytes that do not stay near from block to block
 constexpr int64_t kPastCacheBytes = 8 << 20;  // what is larger than this fits no cache beside the rest
 
@@ -135,25 +136,26 @@ struct Product {
   // Panel after panel of right, copied to lie together unless it does: all rows of left pass over it, while
   // the next one is fetched bit by bit.
   void add_panels(const Block& b) const {
-    alignas(64) A room[kDepth * W];
+    alignas(64) A room[kDepth * W], left_room[kDepth * kBlockRows];
     const int64_t depth = b.left.depth, rows = b.rows;
+    const Left left = b.right.columns >= kGatherColumns ? gathered(b.left, rows, left_room) : b.left;
     for (int64_t c = 0; c < b.right.columns; c += W) {
       const int64_t n = b.right.columns - c < W ? b.right.columns - c : W;
       const T* next = c + W < b.right.columns ? b.right.at + c + W : b.right.at + depth * b.right.stride;
       with_constant<kPanel>((n + L - 1) / L, [&](auto V) {
-        const Right<A> panel = gather<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
+        const Right<A> panel = gathered<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
         each_tile<V.value>(rows, [&](auto R, int64_t row) {
           for (int64_t k = row * depth / rows; k < (row + R.value) * depth / rows; k++)
             for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * b.right.stride + v * L, 0, 2);
           multiply_tile<R.value, V.value, kInPlace>(panel, part(b.sums, row, c, n),
-                                                    b.left.from(row, 0, depth));
+                                                    left.from(row, 0, depth));
         });
       });
     }
   }
 
   template <int V>
-  static Right<A> gather(Right<T> right, int64_t depth, A* room) {
+  static Right<A> gathered(Right<T> right, int64_t depth, A* room) {
     if constexpr (kInPlace)
       if (right.stride <= W) return right;
     for (int64_t k = 0; k < depth; k++)
@@ -161,6 +163,16 @@ struct Product {
         store(room + (k * V + v) * L,
               load_upto(right.at + k * right.stride + v * L, right.columns - v * L));
     return {room, V * L, V * L};
+  }
+
+  // Of a block of left that is used again and again: rows lie together anyway, columns in far apart lines.
+  static Rows<A> gathered(Rows<A> left, int64_t, A*) { return left; }
+  static Columns<A> gathered(Columns<A> left, int64_t rows, A* room) {
+    const int64_t stride = (rows + L - 1) / L * L;
+    for (int64_t k = 0; k < left.depth; k++)
+      for (int64_t r = 0; r < rows; r += L)
+        store(room + k * stride + r, load_upto(left.at + k * left.stride + r, rows - r));
+    return {room, stride, left.depth};
   }
 
   // Tile after tile from the first column to the last, so that out is written in order.
