@@ -77,14 +77,17 @@ struct Backward {
   T* grad_bias;       // (4H)
 };
 
-// The batch is worked on in stretches whose gate gradients stay in a shared cache; each a multiple of the
-// depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.
+// The batch is worked on in stretches, so that their gate gradients stay in a cache; but in long ones,
+// since each adds to the weight gradients, (4H, I + H), and is little work where units are few. Each is a
+// multiple of the depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.
 template <class T>
-static int64_t backward_rows(int64_t B, int64_t H) {
-  constexpr int64_t kBytes = 8 << 20, kMultiple = 256;
+static int64_t backward_rows(int64_t B, int64_t I, int64_t H) {
+  constexpr int64_t kStates = 32768, kBytes = 32 << 20, kMultiple = 256;
   if (sizeof(T) != sizeof(Accumulate<T>)) return B;
-  const int64_t rows = kBytes / (4 * H * int64_t(sizeof(T))) / kMultiple * kMultiple;
-  return B <= rows ? B : rows < kMultiple ? (B < kMultiple ? B : kMultiple) : rows;
+  const int64_t enough = kStates / H > 2 * (I + H) ? kStates / H : 2 * (I + H);
+  const int64_t most = kBytes / (4 * H * int64_t(sizeof(T)));
+  const int64_t rows = (enough < most ? enough : most) / kMultiple * kMultiple;
+  return B < kMultiple || B <= rows ? B : rows < kMultiple ? kMultiple : rows;
 }
 
 // Between rows of the gate gradients: whole cache lines, but no multiple of eight of them, or a column

@@ -87,7 +87,8 @@ def test_every_form(layout: str, dtype: torch.dtype) -> None:
         (33, 1030, 70),
         (3, 512, 512),
         (9, 1024, 1024),  # gradients of weights that fit no cache
-        (600, 20, 1024),  # a batch of more than one stretch
+        (600, 20, 1024),
+        (600, 20, 200),  # a batch of more than one stretch
     ],
     ids=str,
 )

@@ -145,7 +145,7 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
   with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
     using A = Accumulate<T>;
-    const int64_t stretch = backward_rows<T>(B, H), stride = backward_stride<T>(H);
+    const int64_t stretch = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
     const Tensor grad_gates = empty({stretch, stride}, sums);
     kernels.backward({B,
                       I,
