@@ -2,7 +2,7 @@
 #pragma once
 #include "../cell_math.h"
 #include "kernels.h"
-#include "product.h"
+#include "tile.h"
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
@@ -160,11 +160,11 @@ constexpr int kDots = 8;  // of 16
 #endif
 constexpr int kDotRows = 128;  // of which scratch has room for the sums
 
-constexpr int64_t kFarBytes = 16 << 20;  // of weights, which then come from memory at every call
+constexpr int64_t kFarWeights = 16 << 20;  // of weights, which then come from memory at every call
 
 template <class T>
 static bool far_weights(const Forward<T>& p) {
-  return 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarBytes;
+  return 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarWeights;
 }
 
 // sums (R, Units, 4) of the units from u on; rows of it are N units apart. With few rows K is unrolled, to

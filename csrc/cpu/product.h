@@ -1,193 +1,166 @@
-// Matrix products, a tile at a time.
-//
-//   sums (R, n) = or += left (R, depth) @ right (depth, n)      n is V vectors at most
-//
-// R rows by V vectors of sums live in registers; an element of left, broadcast, meets V vectors of right.
-// Each sum is formed over depth in order, whatever the number of rows: the result of a row does not depend
-// on its neighbours. Sums start anew every kDepth and are added to those before, which keeps the chains of
-// additions, and so the rounding errors, short.
+// A product out (M, N) = left (M, K) @ right (K, N), cut into tasks, each some rows by some columns.
 #pragma once
-#include "vec.h"
+#include "tile.h"
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
-constexpr int kPanel = 4;    // vectors in a row of right, at most
-constexpr int kDepth = 128;  // kDepth by kPanel vectors of right are 32 KiB or less: the first-level cache
-constexpr int kRows = 512;   // rows of kPanel vectors of sums in scratch
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileSums = 24;  // of 32 registers, beside kPanel of right and one of left
-#else
-constexpr int kTileSums =
-    12;  // of 16; sums, right and left are 2 too many, but for 3 by 4 and 4 by 3 by one
-#endif
-constexpr int kTileRows = 12;  // more have too many loads for their additions
+// Measured on Zen 4 and on an Intel Xeon with AMX.
+constexpr int64_t kBlockColumns = 256, kBlockRows = 384;  // their sums fit a second-level cache
+// So few rows leave a block of right no time to be fetched: then it is read nearly in the order in which it
+// lies.
+constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 16;
+// Copies that lie together pay: of right for so many rows and so deep, of left for so many columns.
+constexpr int64_t kPackRows = 48, kPackDepth = 33, kGatherColumns = 256;
+// Bytes of out that do not stay near from block to block, and that fit no cache beside the rest.
+constexpr int64_t kFarBytes = 2 << 20, kPastCacheBytes = 8 << 20;
 
-// Rows of a tile of V vectors: as many as there are registers for.
-constexpr int tile_rows(int V) { return kTileSums / V < kTileRows ? kTileSums / V : kTileRows; }
+template <class T, class Left>
+struct Product {
+  using A = Accumulate<T>;
+  static constexpr bool kInPlace = sizeof(T) == sizeof(A);  // out holds sums; else they need a scratch
+  static constexpr int L = kLanes<A>;
+  static constexpr int64_t W = kWidth<A>, kSums = kRows * W;
 
-template <class A>
-constexpr int kWidth = kPanel * kLanes<A>;
+  Left left;
+  const T* right;
+  int64_t right_stride;
+  T* out;
+  int64_t M, K, N;
+  bool fresh;  // or added to what is in out, which then holds sums
+  int64_t depth, across, down;
+  bool past_cache, far;
 
-// The left factor (rows, depth), row-major: a row's elements lie together ...
-template <class L>
-struct Rows {
-  const L* at;
-  int64_t stride, depth;
-
-  L element(int64_t row, int64_t k) const { return at[row * stride + k]; }
-  Rows from(int64_t row, int64_t k, int64_t n) const { return {at + row * stride + k, stride, n}; }
-  // A line's length of the rows of the next tile of R: short pieces, far apart, which the processor does
-  // not foresee.
-  template <int R>
-  LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) __builtin_prefetch(at + (R + r) * stride + k, 0, 2);
-  }
-};
-
-// ... or column-major: those of one depth do.
-template <class L>
-struct Columns {
-  const L* at;
-  int64_t stride, depth;
-
-  L element(int64_t row, int64_t k) const { return at[k * stride + row]; }
-  Columns from(int64_t row, int64_t k, int64_t n) const { return {at + k * stride + row, stride, n}; }
-  template <int R>
-  void prefetch_next(int64_t) const {}  // in the lines of this one, mostly
-};
-
-// Loops over registers must vanish before the compiler looks for arrays to keep there: hence the pragmas,
-// without which GCC zeroes and copies the sums in memory.
-template <int R, int V, class F>
-LSTMFUSED_INLINE void each_sum(F&& f) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; v++) f(r, v);
-}
-
-// The right factor (depth, columns): columns beyond the last whole vector are zero.
-template <class P>
-struct Right {
-  const P* at;
-  int64_t stride, columns;
-};
-
-// (rows, columns)
-template <class A>
-struct Sums {
-  A* at;
-  int64_t stride, columns;
-  bool fresh;       // or added to
-  bool past_cache;  // written to memory; needs whole vectors in lines of their own
-  bool far;         // fetched while they are computed
-};
-
-// left may come in parts, one behind the other along the depth. P is the type of right, converted as it is
-// loaded. Only where sums may be far does it cost something to ask.
-template <int R, int V, bool MayBeFar, class A, class P, class... Left>
-LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) {
-  constexpr int N = kLanes<A>;
-  const auto load_part = [](auto* row, int v, int64_t n) LSTMFUSED_INLINED {
-    return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
-  };
-  Vec<A> s[R][V];
-  each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] = Vec<A>{}; });
-  A* next_sums = sums.at;
-  A* const far_end = sums.at + (MayBeFar && sums.far ? R * sums.stride : 0);
-  const auto add = [&](auto left) LSTMFUSED_INLINED {
-    constexpr int64_t kLine = 64 / int64_t(sizeof(A));
-    for (int64_t k = 0; k < left.depth;) {
-      left.template prefetch_next<R>(k);  // bit by bit: all at once would keep this tile's loads waiting
-      if (MayBeFar && next_sums < far_end) {
-        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { __builtin_prefetch(next_sums + v * N, 1); });
-        next_sums += sums.stride;
-      }
-      const int64_t end = k + kLine < left.depth ? k + kLine : left.depth;
-      for (; k < end; k++, right.at += right.stride) {
-        Vec<A> w[V];
-        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { w[v] = load_part(right.at, v, right.columns); });
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const Vec<A> x = broadcast(left.element(r, k));
-          each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { s[r][v] += x * w[v]; });
-        }
-      }
+  Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
+          int64_t threads)
+      : left(left),
+        right(right),
+        right_stride(right_stride),
+        out(out),
+        M(M),
+        K(left.depth),
+        N(N),
+        fresh(fresh) {
+    depth = M <= kFew ? kFewDepth : kDepth;
+    past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
+                 N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    far = kInPlace && !past_cache && M * N * int64_t(sizeof(T)) >= kFarBytes;
+    constexpr int64_t columns = kInPlace ? kBlockColumns : kSums / kBlockRows / W * W;
+    across = (N + columns - 1) / columns;
+    down = (M + kBlockRows - 1) / kBlockRows;
+    // Enough for every thread: first of rows, as long as there are many of them, then of columns.
+    while (across * down < 2 * threads) {
+      if (M / down >= 2 * kFew * 4)
+        down++;
+      else if (N / across >= 2 * W)
+        across++;
+      else if (M / down >= 2 * kFew)
+        down++;
+      else
+        break;
     }
+  }
+
+  int64_t tasks() const { return out ? across * down : 0; }
+  int64_t work() const { return out ? M * K * N : 0; }
+
+  void run(int64_t task) const {
+    const Range columns = piece(task % across, across, N, W);
+    const Range rows = piece(task / across, down, M, tile_rows(kPanel));
+    if constexpr (kInPlace) {
+      add_blocks(rows, columns, out + rows.begin * N + columns.begin, N);
+      if (past_cache) stream_end();
+    } else {
+      alignas(64) A sums[kSums];
+      const int64_t stride = (columns.size + L - 1) / L * L;
+      add_blocks(rows, columns, sums, stride);
+      for (int64_t r = 0; r < rows.size; r++)
+        for (int64_t c = 0; c < columns.size; c += L)
+          store_upto(out + (rows.begin + r) * N + columns.begin + c, load(sums + r * stride + c),
+                     columns.size - c);
+    }
+  }
+
+  // sums (rows, columns)
+  void add_blocks(Range rows, Range columns, A* sums, int64_t stride) const {
+    const bool pack = rows.size >= kPackRows && K >= kPackDepth;
+    for (int64_t k = 0; k < K; k += depth) {
+      const Block block{rows.size,
+                        left.from(rows.begin, k, K - k < depth ? K - k : depth),
+                        {right + k * right_stride + columns.begin, right_stride, columns.size},
+                        {sums, stride, columns.size, fresh && k == 0, past_cache, far}};
+      pack ? add_panels(block) : add_rows(block);
+    }
+  }
+
+  struct Block {
+    int64_t rows;
+    Left left;
+    Right<T> right;
+    Sums<A> sums;
   };
-  (add(left), ...);
-  const auto place = [&](int r) { return sums.at + r * sums.stride; };
-  if (!sums.fresh)
-    each_sum<R, V>([&](int r, int v)
-                       LSTMFUSED_INLINED { s[r][v] += load_part(place(r), v, sums.columns); });
-  if (sums.past_cache)
-    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(place(r) + v * N, s[r][v]); });
-  else
-    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED {
-      A* sum = place(r) + v * N;
-      v < V - 1 ? store(sum, s[r][v]) : store_upto(sum, s[r][v], sums.columns - v * N);
+
+  // Panel after panel of right, copied to lie together unless it does: all rows of left pass over it, while
+  // the next one is fetched bit by bit.
+  void add_panels(const Block& b) const {
+    alignas(64) A room[kDepth * W], left_room[kDepth * kBlockRows];
+    const int64_t depth = b.left.depth, rows = b.rows;
+    const Left left = b.right.columns >= kGatherColumns ? gathered(b.left, rows, left_room) : b.left;
+    for (int64_t c = 0; c < b.right.columns; c += W) {
+      const int64_t n = b.right.columns - c < W ? b.right.columns - c : W;
+      const T* next = c + W < b.right.columns ? b.right.at + c + W : b.right.at + depth * b.right.stride;
+      with_constant<kPanel>((n + L - 1) / L, [&](auto V) {
+        const Right<A> panel = gathered<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
+        each_tile<V.value>(rows, [&](auto R, int64_t row) {
+          for (int64_t k = row * depth / rows; k < (row + R.value) * depth / rows; k++)
+            for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * b.right.stride + v * L, 0, 2);
+          multiply_tile<R.value, V.value, kInPlace>(panel, part(b.sums, row, c, n),
+                                                    left.from(row, 0, depth));
+        });
+      });
+    }
+  }
+
+  template <int V>
+  static Right<A> gathered(Right<T> right, int64_t depth, A* room) {
+    if constexpr (kInPlace)
+      if (right.stride <= W) return right;
+    for (int64_t k = 0; k < depth; k++)
+      for (int v = 0; v < V; v++)
+        store(room + (k * V + v) * L,
+              load_upto(right.at + k * right.stride + v * L, right.columns - v * L));
+    return {room, V * L, V * L};
+  }
+
+  // Of a block of left that is used again and again: rows lie together anyway, columns in far apart lines.
+  static Rows<A> gathered(Rows<A> left, int64_t, A*) { return left; }
+  static Columns<A> gathered(Columns<A> left, int64_t rows, A* room) {
+    const int64_t stride = (rows + L - 1) / L * L;
+    for (int64_t k = 0; k < left.depth; k++)
+      for (int64_t r = 0; r < rows; r += L)
+        store(room + k * stride + r, load_upto(left.at + k * left.stride + r, rows - r));
+    return {room, stride, left.depth};
+  }
+
+  // Tile after tile from the first column to the last, so that out is written in order.
+  void add_rows(const Block& b) const {
+    each_tile<kPanel>(b.rows, [&](auto R, int64_t row) {
+      const auto tile = [&](auto V, int64_t c, int64_t n) {
+        multiply_tile<R.value, V.value, false>(Right<T>{b.right.at + c, b.right.stride, n},
+                                               part(b.sums, row, c, n), b.left.from(row, 0, b.left.depth));
+      };
+      int64_t c = 0;
+      for (; c + W <= b.right.columns; c += W) tile(Constant<kPanel>{}, c, W);
+      if (const int64_t n = b.right.columns - c)
+        with_constant<kPanel>((n + L - 1) / L, [&](auto V) { tile(V, c, n); });
     });
-}
-
-// ---------------------------------------------------------------------------------------------------
-// From numbers to the templates' arguments
-
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-// f(Constant<number>) for a number from 1 to Most
-template <int Most, class F>
-LSTMFUSED_INLINE void with_constant(int64_t number, F&& f) {
-  if constexpr (Most > 1)
-    if (number < Most) return with_constant<Most - 1>(number, f);
-  f(Constant<Most>{});
-}
-
-// f(Constant<height>, row) for tiles of V vectors and of nearly equal height: 8 rows are 4 + 4, not 6 + 2
-template <int V, class F>
-LSTMFUSED_INLINE void each_tile(int64_t rows, F&& f) {
-  constexpr int kMost = tile_rows(V);
-  int64_t tiles = (rows + kMost - 1) / kMost;
-  for (int64_t row = 0; row < rows; tiles--) {
-    const int64_t height = (rows - row + tiles - 1) / tiles;
-    with_constant<kMost>(height, [&](auto R) { f(R, row); });
-    row += height;
   }
-}
 
-// ---------------------------------------------------------------------------------------------------
-// Layout
-
-// out (depth, lanes) with row stride out_stride = the transpose of `from` (rows <= lanes, depth); the
-// lanes beyond `rows` are zero.
-template <class A, class T>
-static void transpose_into(A* out, int64_t out_stride, const T* from, int64_t from_stride, int64_t rows,
-                           int64_t depth) {
-  constexpr int N = kLanes<A>;
-  for (int64_t k = 0; k < depth; k += N) {
-    Vec<A> block[N];
-    for (int i = 0; i < N; i++)
-      block[i] = i < rows ? load_upto(from + i * from_stride + k, depth - k) : Vec<A>{};
-    transpose<A>(block);
-    const int64_t n = depth - k < N ? depth - k : N;
-    for (int i = 0; i < N; i++)
-      if (i < n) store(out + (k + i) * out_stride, block[i]);
+  static Sums<A> part(Sums<A> sums, int64_t row, int64_t column, int64_t columns) {
+    return {
+        sums.at + row * sums.stride + column, sums.stride, columns, sums.fresh, sums.past_cache, sums.far};
   }
-}
-
-// Piece i of n of the range [0, total), in multiples of `unit`.
-struct Range {
-  int64_t begin, size;
 };
-static Range piece(int64_t i, int64_t n, int64_t total, int64_t unit) {
-  const int64_t units = (total + unit - 1) / unit;
-  const int64_t begin = units * i / n * unit, end = units * (i + 1) / n * unit;
-  return {begin, (end < total ? end : total) - begin};
-}
 
 }  // namespace LSTMFUSED_VARIANT
 }  // namespace lstmfused

@@ -1,0 +1,205 @@
+// A tile of a matrix product.
+//
+//   sums (R, n) = or += left (R, depth) @ right (depth, n)      n is V vectors at most
+//
+// R rows by V vectors of sums live in registers; an element of left, broadcast, meets V vectors of right.
+// Each sum is formed over depth in order, whatever the number of rows: the result of a row does not depend
+// on its neighbours. Sums start anew every kDepth and are added to those before, which keeps the chains of
+// additions, and so the rounding errors, short.
+#pragma once
+#include "vec.h"
+
+namespace lstmfused {
+namespace LSTMFUSED_VARIANT {
+
+constexpr int kPanel = 4;    // vectors in a row of right, at most
+constexpr int kDepth = 128;  // kDepth by kPanel vectors of right are 32 KiB or less: the first-level cache
+constexpr int kRows = 512;   // rows of kPanel vectors of sums in scratch
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileSums = 24;  // of 32 registers
+#else
+constexpr int kTileSums = 12;  // of 16
+#endif
+constexpr int kTileRows = 12;  // more have too many loads for their additions
+
+// Rows of a tile of V vectors: as many as there are registers for.
+constexpr int tile_rows(int V) { return kTileSums / V < kTileRows ? kTileSums / V : kTileRows; }
+
+template <class A>
+constexpr int kWidth = kPanel * kLanes<A>;
+
+// The left factor (rows, depth), row-major: a row's elements lie together ...
+template <class L>
+struct Rows {
+  const L* at;
+  int64_t stride, depth;
+
+  L element(int64_t row, int64_t k) const { return at[row * stride + k]; }
+  Rows from(int64_t row, int64_t k, int64_t n) const { return {at + row * stride + k, stride, n}; }
+  // A line's length of the rows of the next tile of R: short pieces, far apart, which the processor does
+  // not foresee.
+  template <int R>
+  LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) __builtin_prefetch(at + (R + r) * stride + k, 0, 2);
+  }
+};
+
+// ... or column-major: those of one depth do.
+template <class L>
+struct Columns {
+  const L* at;
+  int64_t stride, depth;
+
+  L element(int64_t row, int64_t k) const { return at[k * stride + row]; }
+  Columns from(int64_t row, int64_t k, int64_t n) const { return {at + k * stride + row, stride, n}; }
+  template <int R>
+  void prefetch_next(int64_t) const {}  // in the lines of this one, mostly
+};
+
+// Loops over registers must vanish before the compiler looks for arrays to keep there: hence the pragmas,
+// without which GCC zeroes and copies the sums in memory.
+template <int R, int V, class F>
+LSTMFUSED_INLINE void each_sum(F&& f) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) f(r, v);
+}
+
+// The right factor (depth, columns): columns beyond the last whole vector are zero.
+template <class P>
+struct Right {
+  const P* at;
+  int64_t stride, columns;
+};
+
+// (rows, columns)
+template <class A>
+struct Sums {
+  A* at;
+  int64_t stride, columns;
+  bool fresh;       // or added to
+  bool past_cache;  // written to memory; needs whole vectors in lines of their own
+  bool far;         // fetched while they are computed
+};
+
+// left may come in parts, one behind the other along the depth. P is the type of right, converted as it is
+// loaded. Only where sums may be far does it cost something to ask.
+template <int R, int V, bool MayBeFar, class A, class P, class... Left>
+LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) {
+  constexpr int N = kLanes<A>;
+  const auto load_part = [](auto* row, int v, int64_t n) LSTMFUSED_INLINED {
+    return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
+  };
+  Vec<A> s[R][V];
+  each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { s[r][v] = Vec<A>{}; });
+  A* next_sums = sums.at;
+  A* const far_end = sums.at + (MayBeFar && sums.far ? R * sums.stride : 0);
+  const auto add = [&](auto left) LSTMFUSED_INLINED {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+    for (int64_t k = 0; k < left.depth;) {
+      left.template prefetch_next<R>(k);  // bit by bit: all at once would keep this tile's loads waiting
+      if (MayBeFar && next_sums < far_end) {
+        each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { __builtin_prefetch(next_sums + v * N, 1); });
+        next_sums += sums.stride;
+      }
+      const int64_t end = k + kLine < left.depth ? k + kLine : left.depth;
+      for (; k < end; k++, right.at += right.stride) {
+        // The fewer stay in registers, the others come one by one.
+        Vec<A> x[R], w[V];
+        const auto load_left = [&](int, int r) LSTMFUSED_INLINED { x[r] = broadcast(left.element(r, k)); };
+        const auto load_right = [&](int, int v)
+                                    LSTMFUSED_INLINED { w[v] = load_part(right.at, v, right.columns); };
+        if constexpr (R < V) {
+          each_sum<1, R>(load_left);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; v++) {
+            load_right(0, v);
+            each_sum<R, 1>([&](int r, int) LSTMFUSED_INLINED { s[r][v] += x[r] * w[v]; });
+          }
+        } else {
+          each_sum<1, V>(load_right);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) {
+            load_left(0, r);
+            each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { s[r][v] += x[r] * w[v]; });
+          }
+        }
+      }
+    }
+  };
+  (add(left), ...);
+  const auto place = [&](int r) { return sums.at + r * sums.stride; };
+  if (!sums.fresh)
+    each_sum<R, V>([&](int r, int v)
+                       LSTMFUSED_INLINED { s[r][v] += load_part(place(r), v, sums.columns); });
+  if (sums.past_cache)
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED { stream(place(r) + v * N, s[r][v]); });
+  else
+    each_sum<R, V>([&](int r, int v) LSTMFUSED_INLINED {
+      A* sum = place(r) + v * N;
+      v < V - 1 ? store(sum, s[r][v]) : store_upto(sum, s[r][v], sums.columns - v * N);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------
+// From numbers to the templates' arguments
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// f(Constant<number>) for a number from 1 to Most
+template <int Most, class F>
+LSTMFUSED_INLINE void with_constant(int64_t number, F&& f) {
+  if constexpr (Most > 1)
+    if (number < Most) return with_constant<Most - 1>(number, f);
+  f(Constant<Most>{});
+}
+
+// f(Constant<height>, row) for tiles of V vectors and of nearly equal height: 8 rows are 4 + 4, not 6 + 2
+template <int V, class F>
+LSTMFUSED_INLINE void each_tile(int64_t rows, F&& f) {
+  constexpr int kMost = tile_rows(V);
+  int64_t tiles = (rows + kMost - 1) / kMost;
+  for (int64_t row = 0; row < rows; tiles--) {
+    const int64_t height = (rows - row + tiles - 1) / tiles;
+    with_constant<kMost>(height, [&](auto R) { f(R, row); });
+    row += height;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Layout
+
+// out (depth, lanes) with row stride out_stride = the transpose of `from` (rows <= lanes, depth); the
+// lanes beyond `rows` are zero.
+template <class A, class T>
+static void transpose_into(A* out, int64_t out_stride, const T* from, int64_t from_stride, int64_t rows,
+                           int64_t depth) {
+  constexpr int N = kLanes<A>;
+  for (int64_t k = 0; k < depth; k += N) {
+    Vec<A> block[N];
+    for (int i = 0; i < N; i++)
+      block[i] = i < rows ? load_upto(from + i * from_stride + k, depth - k) : Vec<A>{};
+    transpose<A>(block);
+    const int64_t n = depth - k < N ? depth - k : N;
+    for (int i = 0; i < N; i++)
+      if (i < n) store(out + (k + i) * out_stride, block[i]);
+  }
+}
+
+// Piece i of n of the range [0, total), in multiples of `unit`.
+struct Range {
+  int64_t begin, size;
+};
+static Range piece(int64_t i, int64_t n, int64_t total, int64_t unit) {
+  const int64_t units = (total + unit - 1) / unit;
+  const int64_t begin = units * i / n * unit, end = units * (i + 1) / n * unit;
+  return {begin, (end < total ? end : total) - begin};
+}
+
+}  // namespace LSTMFUSED_VARIANT
+}  // namespace lstmfused
