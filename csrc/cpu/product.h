@@ -12,7 +12,8 @@ constexpr int64_t kBlockColumns = 256, kBlockRows = 384;  // their sums fit a se
 constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 16;
 // Copies that lie together pay: of right for so many rows and so deep, of left for so many columns.
 constexpr int64_t kPackRows = 48, kPackDepth = 33, kGatherColumns = 256;
-// Bytes of out that do not stay near from block to block, and that fit no cache beside the rest.
+// Bytes of out that do not stay near from block to block, and that fit no cache beside the rest. To write
+// less than that past the caches is sooner done, but the optimizer that reads it next loses more.
 constexpr int64_t kFarBytes = 2 << 20, kPastCacheBytes = 8 << 20;
 
 template <class T, class Left>
