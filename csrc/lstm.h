@@ -82,7 +82,7 @@ struct Backward {
 // multiple of the depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.
 template <class T>
 static int64_t backward_rows(int64_t B, int64_t I, int64_t H) {
-  constexpr int64_t kStates = 32768, kBytes = 32 << 20, kMultiple = 256;
+  constexpr int64_t kStates = 32768, kBytes = 24 << 20, kMultiple = 256;
   if (sizeof(T) != sizeof(Accumulate<T>)) return B;
   const int64_t enough = kStates / H > 2 * (I + H) ? kStates / H : 2 * (I + H);
   const int64_t most = kBytes / (4 * H * int64_t(sizeof(T)));

@@ -112,7 +112,7 @@ template <class T>
 static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H, int64_t threads) {
   using A = Accumulate<T>;
   const int64_t G = 4 * H;
-  const Pool pool{run_in_reverse, threads};
+  const Pool pool{run_in_reverse, threads, 1 << 20};
   const double scale = 1 / sqrt(double(std::max(I, H)));
   const vector<T> x_ = uniform<T>(B * I, 1), h_ = uniform<T>(B * H, 1), cx = uniform<T>(B * H, 1),
                   weight_ih = uniform<T>(G * I, scale), weight_hh = uniform<T>(G * H, scale),

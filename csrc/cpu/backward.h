@@ -91,7 +91,7 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
             B,
             N,
             true,
-            pool.threads};
+            pool};
   };
   const auto of_weights = [&](const T* from, int64_t from_stride, T* out,
                               int64_t N) -> Product<T, Columns<A>> {
@@ -102,7 +102,7 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
             G,
             N,
             begin == 0,
-            pool.threads};
+            pool};
   };
   const Tasks tasks{p,
                     stretch,

@@ -168,11 +168,11 @@ static bool far_weights(const Forward<T>& p) {
 }
 
 // sums (R, Units, 4) of the units from u on; rows of it are N units apart. With few rows K is unrolled, to
-// have enough sums in flight; units follow one another, for so their weights are four long streams that the
-// processor foresees; with more rows, those of the next unit are fetched `Ahead`.
-template <int Units, int R, bool Ahead, class T, class A = Accumulate<T>>
+// have enough sums in flight; units follow one another, for so their weights are four long streams. The
+// processor foresees these up to the end of a page; of `Far` weights the next one is fetched, too.
+template <int Units, int R, bool Far, class T, class A = Accumulate<T>>
 static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
-  constexpr int N = kLanes<A>, Unroll = Units, Dots = 4 * Units * R;
+  constexpr int N = kLanes<A>, Unroll = Units, Dots = 4 * Units * R, kPage = 4096 / sizeof(T);
   Vec<A> dots[(Dots + N - 1) / N * N];  // (Units, R, 4)
   for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
   for (int i = 0; i < Units; i++) {
@@ -184,9 +184,9 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
         Vec<A> x[R];
         each_sum<1, R>([&](int, int r)
                            LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
-        if constexpr (Ahead)
+        if constexpr (Far)
           for (int gate = 0; gate < 4; gate++)
-            __builtin_prefetch(weight + (gate * p.H + u + i + 1) * K + k, 0, 2);
+            __builtin_prefetch(weight + (gate * p.H + u + i) * K + k + kPage, 0, 2);
 #pragma GCC unroll 4
         for (int gate = 0; gate < 4; gate++) {
           const Vec<A> w = load_part(weight + (gate * p.H + u + i) * K + k);
@@ -232,11 +232,11 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
     int64_t row = 0;
     for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, Far, T>, 1, row, 0);
     switch (rows.size - row) {
-      case 3: tiles(dot_tile<1, 3, false, T>, 1, row, 0); break;
+      case 3: tiles(dot_tile<1, 3, Far, T>, 1, row, 0); break;
       case 2:
-        tiles(dot_tile<1, 2, false, T>, 1, row, tiles(dot_tile<R / 2, 2, false, T>, R / 2, row, 0));
+        tiles(dot_tile<1, 2, Far, T>, 1, row, tiles(dot_tile<R / 2, 2, Far, T>, R / 2, row, 0));
         break;
-      case 1: tiles(dot_tile<1, 1, false, T>, 1, row, tiles(dot_tile<R, 1, false, T>, R, row, 0)); break;
+      case 1: tiles(dot_tile<1, 1, Far, T>, 1, row, tiles(dot_tile<R, 1, Far, T>, R, row, 0)); break;
     }
   }
 

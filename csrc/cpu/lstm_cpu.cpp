@@ -5,6 +5,7 @@
 #include <ATen/Version.h>
 #include <pthread.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -54,7 +55,16 @@ void run(int64_t tasks, int64_t work, void (*task)(const void*, int64_t), const 
   });
 }
 
-Pool pool() { return {run, usable_threads()}; }
+// Of a core's second-level cache, where the system tells.
+int64_t cache_size() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return 1 << 20;
+}
+
+Pool pool() { return {run, usable_threads(), cache_size()}; }
 
 // ---------------------------------------------------------------------------------------------------
 // Tensor -> struct

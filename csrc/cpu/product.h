@@ -1,12 +1,14 @@
 // A product out (M, N) = left (M, K) @ right (K, N), cut into tasks, each some rows by some columns.
 #pragma once
+#include "kernels.h"
 #include "tile.h"
 
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
-// kFew, kFewDepth and kPastCacheBytes were measured on Zen 4, the others on an Intel Xeon with AMX.
-constexpr int64_t kBlockColumns = 256, kBlockRows = 384;  // their sums fit a second-level cache
+// kFew, kFewDepth, kPastCacheBytes and kFarRightBytes were measured on Zen 4, the others on an Intel Xeon
+// with AMX.
+constexpr int64_t kBlockRows = 384;  // by as many columns as leave half a cache to other things
 // So few rows leave a block of right no time to be fetched: then it is read nearly in the order in which it
 // lies.
 constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 16;
@@ -15,6 +17,8 @@ constexpr int64_t kPackRows = 48, kPackDepth = 33, kGatherColumns = 256;
 // Bytes of out that do not stay near from block to block, and that fit no cache beside the rest. To write
 // less than that past the caches is sooner done, but the optimizer that reads it next loses more.
 constexpr int64_t kFarBytes = 2 << 20, kPastCacheBytes = 8 << 20;
+// Bytes of right in more pages than a processor knows by heart: few rows would wait for each.
+constexpr int64_t kFarRightBytes = 8 << 20;
 
 template <class T, class Left>
 struct Product {
@@ -30,10 +34,10 @@ struct Product {
   int64_t M, K, N;
   bool fresh;  // or added to what is in out, which then holds sums
   int64_t depth, across, down;
-  bool past_cache, far;
+  bool past_cache, far, far_right;
 
   Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
-          int64_t threads)
+          const Pool& pool)
       : left(left),
         right(right),
         right_stride(right_stride),
@@ -46,12 +50,18 @@ struct Product {
     past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     far = kInPlace && !past_cache && M * N * int64_t(sizeof(T)) >= kFarBytes;
-    constexpr int64_t columns = kInPlace ? kBlockColumns : kSums / kBlockRows / W * W;
-    across = (N + columns - 1) / columns;
+    far_right = M <= kFew && K * N * int64_t(sizeof(T)) >= kFarRightBytes;
+    constexpr int64_t kScratch = kSums / kBlockRows / W * W;
+    const int64_t cached = pool.cache / 2 / (kBlockRows * int64_t(sizeof(A))) / W * W;
+    const int64_t columns = kInPlace && cached > kScratch ? cached : kScratch;
+    // Whole rows, where a block is all: what a thread writes lies together then, and two that write to the
+    // same rows by turns take the lines from each other.
+    const bool rows_only = kInPlace && K < kPackDepth;
+    across = rows_only ? 1 : (N + columns - 1) / columns;
     down = (M + kBlockRows - 1) / kBlockRows;
     // Enough for every thread: first of rows, as long as there are many of them, then of columns.
-    while (across * down < 2 * threads) {
-      if (M / down >= 2 * kFew * 4)
+    while (across * down < 2 * pool.threads) {
+      if (M / down >= 2 * kFew * (rows_only ? 1 : 4))
         down++;
       else if (N / across >= 2 * W)
         across++;
@@ -66,8 +76,8 @@ struct Product {
   int64_t work() const { return out ? M * K * N : 0; }
 
   void run(int64_t task) const {
-    const Range columns = piece(task % across, across, N, W);
-    const Range rows = piece(task / across, down, M, tile_rows(kPanel));
+    const Range columns = piece(task / down, across, N, W);
+    const Range rows = piece(task % down, down, M, tile_rows(kPanel));
     if constexpr (kInPlace) {
       add_blocks(rows, columns, out + rows.begin * N + columns.begin, N);
       if (past_cache) stream_end();
@@ -147,6 +157,11 @@ struct Product {
   void add_rows(const Block& b) const {
     each_tile<kPanel>(b.rows, [&](auto R, int64_t row) {
       const auto tile = [&](auto V, int64_t c, int64_t n) {
+        if (far_right && row == 0)  // the same columns of the next block
+          for (int64_t k = 0; k < depth; k++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V.value; v++)
+              __builtin_prefetch(b.right.at + (depth + k) * b.right.stride + c + v * L, 0, 2);
         multiply_tile<R.value, V.value, false>(Right<T>{b.right.at + c, b.right.stride, n},
                                                part(b.sums, row, c, n), b.left.from(row, 0, b.left.depth));
       };
