@@ -84,16 +84,12 @@ struct Step : torch::autograd::Function<Step> {
     if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
 
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [input, hx, cx, weight_ih, weight_hh, bias] =
+    variable_list result = std::apply(
+        [](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
         lstm_cell_backward(optional(grads[0]), optional(grads[1]), saved[kArguments], saved[kInput],
-                           saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh],
-                           {wanted[kInput], wanted[kHx], wanted[kCx], wanted[kWeightIh], wanted[kWeightHh],
-                            wanted[kBiasIh] || wanted[kBiasHh]});
-    variable_list result{input, hx, cx, weight_ih, weight_hh, bias, bias};
+                           saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
     for (int i = 0; i < kArguments; i++)
       if (!wanted[i]) result[i] = Tensor();
-    // Both biases have this gradient, but a caller may edit one of the two.
-    if (wanted[kBiasIh] && wanted[kBiasHh]) result[kBiasHh] = bias.clone();
     return result;
   }
 };

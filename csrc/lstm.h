@@ -74,7 +74,9 @@ struct Backward {
   T* grad_cx;         // (B, H)
   T* grad_weight_ih;  // (4H, I)
   T* grad_weight_hh;  // (4H, H)
-  T* grad_bias;       // (4H)
+  // (4H): the same numbers, each for its bias
+  T* grad_bias_ih;
+  T* grad_bias_hh;
 };
 
 // The batch is worked on in stretches, so that their gate gradients stay in a cache; but in long ones,

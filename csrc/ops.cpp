@@ -23,11 +23,12 @@ TORCH_LIBRARY(lstmfused, m) {
       "lstm_cell_forward(Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih, Tensor? bias_hh, bool save_gates) -> (Tensor h, Tensor c, Tensor gates)",
       {at::Tag::pt2_compliant_tag});
-  // a gradient that output_mask does not ask for has no element; grad_bias is that of either bias
+  // a gradient that output_mask does not ask for has no element
   m.def(
       "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor input, Tensor hx, "
-      "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[6] output_mask) -> (Tensor grad_input, "
-      "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias)",
+      "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
+      "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
+      "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -56,7 +57,7 @@ StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Ten
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
                              const Tensor& weight_ih, const Tensor& weight_hh,
-                             std::array<bool, 6> output_mask) {
+                             std::array<bool, 7> output_mask) {
   LSTMFUSED_HANDLE(lstm_cell_backward);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }

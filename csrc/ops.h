@@ -11,9 +11,9 @@ namespace lstmfused {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-using State = std::tuple<Tensor, Tensor>;                                      // h, c
-using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                      // h, c, gates
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
+using State = std::tuple<Tensor, Tensor>;                                              // h, c
+using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                              // h, c, gates
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
 
 // Calls through the dispatcher.
 State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
@@ -26,7 +26,7 @@ StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Ten
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
                              const Tensor& weight_ih, const Tensor& weight_hh,
-                             std::array<bool, 6> output_mask);
+                             std::array<bool, 7> output_mask);
 
 // The same step in torch's own operators, for the transformations that know only those.
 State lstm_cell_composed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

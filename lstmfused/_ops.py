@@ -65,6 +65,7 @@ def _fake_backward(
         weight_ih.shape,
         weight_hh.shape,
         weight_hh.shape[:1],
+        weight_hh.shape[:1],
     ]
     return tuple(
         input.new_empty(shape if wanted else (0,))

@@ -178,8 +178,8 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
     }
     const int64_t rows = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
     vector<A> scratch(rows * stride);
-    vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H),
-                       vector<T>(G * I), vector<T>(G * H), vector<T>(G)};
+    vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H), vector<T>(G * I),
+                       vector<T>(G * H), vector<T>(G),     vector<T>(G)};
     kernels.backward({B,
                       I,
                       H,
@@ -204,14 +204,16 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
                       out[2].data(),
                       out[3].data(),
                       out[4].data(),
-                      out[5].data()},
+                      out[5].data(),
+                      out[6].data()},
                      pool);
     check("grad_input", out[0], dx, double(G), B, I, H);
     check("grad_hx", out[1], dh, double(G), B, I, H);
     check("grad_cx", out[2], dc, 1, B, I, H);
     check("grad_weight_ih", out[3], dwi, double(B), B, I, H);
     check("grad_weight_hh", out[4], dwh, double(B), B, I, H);
-    check("grad_bias", out[5], db, double(B), B, I, H);
+    check("grad_bias_ih", out[5], db, double(B), B, I, H);
+    check("grad_bias_hh", out[6], db, double(B), B, I, H);
   }
 }
 
@@ -227,7 +229,8 @@ int main() {
       test(kernels.bf16, B, I, H, threads);
       test(kernels.f16, B, I, H, threads);
     }
-  test(kernels.f64, 600, 9, 130, 1);  // more than one stretch of the batch
+  test(kernels.f64, 600, 9, 130, 1);   // more than one stretch of the batch
+  test(kernels.f32, 3, 2050, 260, 2);  // far weights
   printf("%s: %d failures\n", kernels.name, failures);
   return failures != 0;
 }

@@ -55,7 +55,7 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
                 arguments = (*random_arguments(B, I, H, dtype, **form), save_gates)
                 torch.library.opcheck(ops.lstm_cell_forward.default, arguments)
         given = backward_arguments(B, dtype)
-        for mask in ([True] * 6, [False] * 6, [True, False, True, False, True, False]):
+        for mask in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
             for grads in (given[:2], [None, given[1]], [given[0], None]):
                 arguments = (*grads, *given[2:], mask)
                 torch.library.opcheck(ops.lstm_cell_backward.default, arguments)
@@ -78,7 +78,7 @@ def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
     for B in (0, 1, 3):
         given = backward_arguments(B, dtype)
         meta = [t.to("meta") for t in given]
-        for mask in ([True] * 6, [True, False] * 3, [False] * 6):
+        for mask in ([True] * 7, [True, False, False, True, False, True, False], [False] * 7):
             real = ops.lstm_cell_backward(*given, mask)
             assert describe(ops.lstm_cell_backward(*meta, mask)) == describe(real)
         for save in (True, False):

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 B, I, H = 3, 10, 20
 ops = torch.ops.lstmfused
-GRADIENTS = ("input", "h", "c", "weight_ih", "weight_hh", "bias_ih")
-ALL = [True] * 6
+GRADIENTS = ("input", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+ALL = [True] * 7
 WRONG = {
     "input": [(B, I + 1), (B + 1, I), (I,), (1, B, I), (0, I)],
     "h": [(B, H + 1), (B + 1, H), (H,), (1, B, H), (1, H), (B, 1)],
@@ -91,7 +91,7 @@ def test_backward(use: str, dtype: torch.dtype) -> None:
         expected = gradients(oracle, arguments.double(), *wide)
     else:
         expected = {n: torch.zeros_like(t) for n, t in arguments.double()._asdict().items()}
-    for mask in product((True, False), repeat=6):
+    for mask in product((True, False), repeat=7):
         found = backward(given, list(mask))
         for name, actual, wanted in zip(GRADIENTS, found, mask, strict=True):
             assert actual.dtype == dtype
@@ -133,7 +133,7 @@ def test_wrong_dtypes_of_backward(name: str) -> None:
             backward({**given, name: given[name].to(dtype)})
 
 
-@pytest.mark.parametrize("length", [0, 1, 5, 7])
+@pytest.mark.parametrize("length", [0, 1, 6, 8])
 def test_wrong_mask(length: int) -> None:
     given = backward_arguments(random_arguments(B, I, H))
     with pytest.raises(RuntimeError):

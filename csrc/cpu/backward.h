@@ -36,24 +36,27 @@ static void gate_gradients(const Backward<T>& p, Range stretch, Range rows) {
     }
 }
 
-// grad_bias (4H) = or += the sum of a stretch's grad_gates over its rows, for one panel's width of gates;
-// like a product's sums, anew for every kDepth rows.
+// The gradient of both biases (4H) = or += the sum of a stretch's grad_gates over its rows, for one panel's
+// width of gates; like a product's sums, anew for every kDepth rows.
 template <class T>
 static void bias_gradient(const Backward<T>& p, Range stretch, int64_t column) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>;
   const int64_t n = 4 * p.H - column;
+  T* const outs[] = {p.grad_bias_ih, p.grad_bias_hh};
+  const T* before = outs[0] ? outs[0] : outs[1];
   for (int v = 0; v < kPanel && v * N < n; v++) {
-    T* out = p.grad_bias + column + v * N;
-    Vec<A> total = stretch.begin ? load_upto(out, n - v * N) : Vec<A>{};
+    const int64_t at = column + v * N;
+    Vec<A> total = stretch.begin ? load_upto(before + at, n - v * N) : Vec<A>{};
     for (int64_t begin = 0; begin < stretch.size; begin += kDepth) {
       const int64_t end = begin + kDepth < stretch.size ? begin + kDepth : stretch.size;
       Vec<A> sum{};
       for (int64_t row = begin; row < end; row++)
-        sum += load_upto(p.grad_gates + row * p.grad_gates_stride + column + v * N, n - v * N);
+        sum += load_upto(p.grad_gates + row * p.grad_gates_stride + at, n - v * N);
       total += sum;
     }
-    store_upto(out, total, n - v * N);
+    for (T* out : outs)
+      if (out) store_upto(out + at, total, n - v * N);
   }
 }
 
@@ -109,7 +112,8 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
                     {of_rows(p.weight_ih, p.grad_input, p.I), of_rows(p.weight_hh, p.grad_hx, p.H)},
                     {of_weights(p.input, p.input_stride, p.grad_weight_ih, p.I),
                      of_weights(p.hx, p.hx_stride, p.grad_weight_hh, p.H)}};
-  int64_t count = p.grad_bias ? (G + W - 1) / W : 0, work = p.grad_bias ? B * G : 0;
+  const bool bias = p.grad_bias_ih || p.grad_bias_hh;
+  int64_t count = bias ? (G + W - 1) / W : 0, work = bias ? B * G : 0;
   const auto add = [&](const auto& products) {
     for (const auto& product : products) {
       count += product.tasks();

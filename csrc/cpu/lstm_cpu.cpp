@@ -130,7 +130,7 @@ StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_
 
 Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_, const Tensor& gates_,
                    const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
-                   const Tensor& weight_hh_, std::array<bool, 6> output_mask) {
+                   const Tensor& weight_hh_, std::array<bool, 7> output_mask) {
   check_step(input_, hx_, cx_, weight_ih_, weight_hh_, {}, {});
   check_backward(grad_h_, grad_c_, gates_, cx_);
   const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
@@ -147,9 +147,10 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
     const Tensor gradient = empty(output_mask[index] ? shape : at::IntArrayRef{0}, dtype);
     return B ? gradient : gradient.zero_();  // a batch of nothing still has weight gradients
   };
-  const Gradients gradients{make(0, {B, I}),     make(1, {B, H}),     make(2, {B, H}),
-                            make(3, {4 * H, I}), make(4, {4 * H, H}), make(5, {4 * H})};
-  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = gradients;
+  const Gradients gradients{make(0, {B, I}),     make(1, {B, H}),  make(2, {B, H}), make(3, {4 * H, I}),
+                            make(4, {4 * H, H}), make(5, {4 * H}), make(6, {4 * H})};
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
+      gradients;
   if (!cx.numel()) return gradients;
 
   with_kernels(dtype, [&](const auto& kernels) {
@@ -181,7 +182,8 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
                       out<T>(grad_cx),
                       out<T>(grad_weight_ih),
                       out<T>(grad_weight_hh),
-                      out<T>(grad_bias)},
+                      out<T>(grad_bias_ih),
+                      out<T>(grad_bias_hh)},
                      pool());
   });
   return gradients;
