@@ -299,6 +299,7 @@ static void cut(int64_t B, int64_t H, int64_t threads, int64_t& down, int64_t& a
 }
 
 constexpr int64_t kFinishWork = 50;  // what finish costs, in multiply-adds of each of the four sums
+constexpr int64_t kWeightWork = 2;   // what fetching a weight costs, in multiply-adds
 
 template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
@@ -309,7 +310,8 @@ static void forward(const Forward<T>& p, const Pool& pool) {
     int64_t across, down;  // pieces of the units, of the batch
   } context{p, (p.H + N - 1) / N, (p.B + kDotRows - 1) / kDotRows};
   const auto run = [&](auto task) {
-    pool.run(context.across * context.down, p.B * (p.I + p.H + kFinishWork) * 4 * p.H, task, &context);
+    pool.run(context.across * context.down, (p.B + kWeightWork) * (p.I + p.H + kFinishWork) * 4 * p.H, task,
+             &context);
   };
   if (few_rows(p))
     return run([](const void* opaque, int64_t i) {

@@ -11,7 +11,7 @@ namespace LSTMFUSED_VARIANT {
 constexpr int64_t kBlockRows = 384;  // by as many columns as leave half a cache to other things
 // So few rows leave a block of right no time to be fetched: then it is read nearly in the order in which it
 // lies.
-constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 16;
+constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 32;
 // Copies that lie together pay: of right for so many rows and so deep, of left for so many columns.
 constexpr int64_t kPackRows = 48, kPackDepth = 33, kGatherColumns = 256;
 // Bytes of out that do not stay near from block to block, and that fit no cache beside the rest. To write
