@@ -2,6 +2,7 @@
 // autocast.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -20,16 +21,6 @@ OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// The step in torch's own differentiable operators: what the kernels compute, for the derivatives that
-// they do not (forward mode, and gradients of gradients).
-State composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-               const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const Tensor sums = at::linear(input, weight_ih, bias_ih) + at::linear(hx, weight_hh, bias_hh);
-  const auto gates = sums.chunk(4, 1);
-  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
-  return {gates[3].sigmoid() * c.tanh(), c};
-}
-
 // Indices of the seven arguments, in the order of the schema.
 enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
 
@@ -44,8 +35,8 @@ variable_list composed_gradients(const variable_list& saved, const std::array<bo
     a[i] = saved[i].view_as(saved[i]);
     if (wanted[i]) wanted_inputs.push_back(a[i]);
   }
-  const auto [h, c] = composed(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], optional(a[kBiasIh]),
-                               optional(a[kBiasHh]));
+  const auto [h, c] = lstm_cell_composed(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh],
+                                         optional(a[kBiasIh]), optional(a[kBiasHh]));
   variable_list outputs, output_grads;
   for (const auto& [output, grad] : {std::pair{h, grads[0]}, std::pair{c, grads[1]}})
     if (grad.defined()) {
@@ -94,6 +85,13 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
+// Inside torch.func.grad, jvp and the like, which refuse a Function made in C++.
+bool in_transform() {
+  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
+  return active.has_any(c10::DispatchKeySet(
+      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+}
+
 // Ranks and the absent state are the same for every path: body gets batched arguments, checked.
 template <class Body>
 State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
@@ -124,8 +122,8 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
           return property(x) || property(h) || property(c) || property(weight_ih) || property(weight_hh) ||
                  (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
         };
-        if (any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }))
-          return composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+        if (in_transform() || any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }))
+          return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
         if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
           const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
           return {state[0], state[1]};
@@ -153,13 +151,24 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
 
 }  // namespace
 
-State lstm_cell_composed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                         const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh) {
-  return with_batch(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                    [&](const Tensor& x, const Tensor& h, const Tensor& c) {
-                      return composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                    });
+  const auto product = [](const Tensor& left, const Tensor& weight, const OptionalTensor& bias) {
+    if (weight.dim() == 2 && (!bias || bias->dim() == 1)) return at::linear(left, weight, bias);
+    const Tensor sums = at::matmul(left, weight.mT());
+    return bias ? sums + bias->unsqueeze(-2) : sums;
+  };
+  const auto gates = (product(input, weight_ih, bias_ih) + product(hx, weight_hh, bias_hh)).chunk(4, -1);
+  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
+  return {gates[3].sigmoid() * c.tanh(), c};
+}
+
+void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                     const OptionalTensor& bias_hh) {
+  with_batch(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+             [](const Tensor& x, const Tensor& h, const Tensor&) -> State { return {h, h}; });
 }
 
 }  // namespace lstmfused

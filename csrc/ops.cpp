@@ -69,6 +69,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_cell", &lstmfused::lstm_cell, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
   m.attr("compiler") =
 #ifdef __clang__

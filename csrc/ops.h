@@ -28,9 +28,16 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
                              const Tensor& weight_ih, const Tensor& weight_hh,
                              std::array<bool, 7> output_mask);
 
-// The same step in torch's own operators, for the transformations that know only those.
-State lstm_cell_composed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+// The step in torch's own differentiable operators, for the derivatives that the kernels do not compute
+// (forward mode, gradients of gradients) and for weights that differ from batch to batch: every argument
+// may have a further dimension in front.
+State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                         const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh);
+
+// Raises what lstm_cell does for these arguments, and does nothing else.
+void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                     const OptionalTensor& bias_hh);
 
 }  // namespace lstmfused

@@ -12,10 +12,19 @@ def lstm_cell(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
-def lstm_cell_composed(
+def check_lstm_cell(
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> None: ...
+def lstm_cell_composed(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None,

@@ -4,6 +4,14 @@ __version__ = "0.1.0"
 
 from . import functional, reference
 from ._ops import build_info
-from .modules import LSTMCell, fuse, unfuse
+from .modules import LazyLSTMCell, LSTMCell, fuse, unfuse
 
-__all__ = ["LSTMCell", "build_info", "functional", "fuse", "reference", "unfuse"]
+__all__ = [
+    "LSTMCell",
+    "LazyLSTMCell",
+    "build_info",
+    "functional",
+    "fuse",
+    "reference",
+    "unfuse",
+]

@@ -1,6 +1,8 @@
-"""Loads the extension and registers what is made from Python: the fake kernels."""
+"""Loads the extension and registers what is made from Python: fake kernels and the rule of vmap."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +75,53 @@ def _fake_backward(
     )
 
 
+def _rounded(t: Tensor | None, dtype: torch.dtype) -> Any:
+    """What autocast does to an argument."""
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, tuple[int, int]]:
+    """The rule for vmap over V steps of lstm_cell.
+
+    Every row is computed as if it were alone, so where all steps have the same weights, a stack of
+    batches is one batch for the fused kernel. Stacked weights take batched products instead.
+    """
+    device = given[0].device.type
+    if torch.is_autocast_enabled(device):  # which comes after vmap
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return _vmap(info, in_dims, *(_rounded(t, dtype) for t in given))
+
+    V, absent = info.batch_size, (None,) * (7 - len(given))  # biases that were not even named
+    given, in_dims = given + absent, in_dims + absent
+    dims = list(zip(given, in_dims, strict=True))
+    stack = [t if d is None else t.movedim(d, 0) for t, d in dims]
+    # One step's arguments, or others like them, for V may be 0.
+    one = [
+        t if d is None else s.new_empty(s.shape[1:]) for s, (t, d) in zip(stack, dims, strict=True)
+    ]
+    _C.check_lstm_cell(*one)
+    batched = one[0].dim() == 2
+
+    if all(d is None for d in in_dims[3:]):
+        rows = [
+            t if t is None else (t.expand(V, *t.shape) if d is None else t).flatten(0, -2)
+            for t, d in zip(stack[:3], in_dims, strict=False)
+        ]
+        state = torch.ops.lstmfused.lstm_cell(*rows, *stack[3:])
+        shape = one[0].shape[:-1]
+        return tuple(t.unflatten(0, (V, *shape)) for t in state), (0, 0)
+
+    x, h, c = (t if t is None or batched else t.unsqueeze(-2) for t in stack[:3])
+    if h is None:
+        h = c = x.new_zeros(x.shape[-2], one[4].shape[1])
+    state = _C.lstm_cell_composed(x, h, c, *stack[3:])
+    return state if batched else tuple(t.squeeze(-2) for t in state), (0, 0)
+
+
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
+torch.library.register_vmap("lstmfused::lstm_cell", _vmap)
 
 
 def build_info() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _has_torch_function_variadic
+from torch._C import _has_torch_function_variadic
 
 from ._ops import _C
 
@@ -69,6 +69,4 @@ def lstm_cell(
         input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
     ):
         step = torch.ops.lstmfused.lstm_cell  # what a graph or a tensor subclass can see
-    elif _are_functorch_transforms_active():
-        step = _C.lstm_cell_composed  # what vmap, grad and jvp know how to transform
     return step(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)

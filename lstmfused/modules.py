@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
 
 from .functional import lstm_cell
 
-__all__ = ["LSTMCell", "fuse", "unfuse"]
+__all__ = ["LSTMCell", "LazyLSTMCell", "fuse", "unfuse"]
 
 
 class LSTMCell(nn.LSTMCell):
@@ -54,6 +57,46 @@ class LSTMCell(nn.LSTMCell):
         the dtype and on the device of the weights."""
         shape = (self.hidden_size,) if batch_size is None else (batch_size, self.hidden_size)
         return self.weight_hh.new_zeros(shape), self.weight_hh.new_zeros(shape)
+
+
+class LazyLSTMCell(LazyModuleMixin, LSTMCell):
+    """An :class:`LSTMCell` that takes its input size from the first input it sees.
+
+    Until then its parameters are uninitialized, as those of torch's lazy modules are: see
+    :class:`torch.nn.modules.lazy.LazyModuleMixin`. The first call, or a ``state_dict`` that is
+    loaded, gives them their shapes, and the first call makes it an :class:`LSTMCell`.
+
+    Args:
+        hidden_size: H, the units.
+        bias, device, dtype: as in :class:`LSTMCell`.
+    """
+
+    cls_to_become = LSTMCell
+
+    def __init__(
+        self, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(0, hidden_size, bias, device="meta")
+        uninitialized: Any = UninitializedParameter  # torch leaves it untyped
+        for name in list(self._parameters):
+            if self._parameters[name] is not None:
+                setattr(self, name, uninitialized(device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> None:
+        fresh = self.has_uninitialized_params()
+        self.input_size = input.shape[-1] if fresh else self.weight_ih.shape[1]
+        if not fresh:
+            return
+        with torch.no_grad():
+            parameter: Any
+            for name, parameter in self.named_parameters():
+                width = {"weight_ih": (self.input_size,), "weight_hh": (self.hidden_size,)}
+                parameter.materialize((4 * self.hidden_size, *width.get(name, ())))
+            self.reset_parameters()
 
 
 M = TypeVar("M", bound=nn.Module)

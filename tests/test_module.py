@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import HALF, PARAMETERS, cell, check_gradient, random_arguments, torch_cell
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lstmfused
 
@@ -174,6 +175,111 @@ def test_weight_norm() -> None:
     wanted = torch.autograd.grad(expected.square().sum(), parameters)
     for name, actual, want in zip(names, found, wanted, strict=True):
         check_gradient(name, actual, want, "weight_norm")
+
+
+def of_parametrization(module: nn.Module, of: Callable[..., nn.Module]) -> None:
+    """Outputs and gradients of a cell with other things in its parameters' places."""
+    arguments = random_arguments(5, I, H)
+    h, _ = of(module, "weight_hh").eval()(arguments.input, arguments.hx)
+    weights = {name: getattr(module, name) for name in PARAMETERS}
+    expected, _ = torch_cell(arguments._replace(**weights))
+    assert (h - expected).abs().max() <= 2e-6
+    parameters = dict(module.named_parameters())
+    found = torch.autograd.grad(h.square().sum(), list(parameters.values()), retain_graph=True)
+    wanted = torch.autograd.grad(expected.square().sum(), list(parameters.values()))
+    for name, actual, want in zip(parameters, found, wanted, strict=True):
+        check_gradient(name, actual, want, of)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.spectral_norm],
+    ids=["orthogonal", "spectral_norm"],
+)
+def test_parametrizations(of: Callable[..., nn.Module]) -> None:
+    of_parametrization(lstmfused.LSTMCell(I, H), of)
+
+
+def test_pruning() -> None:
+    def pruned(module: nn.Module, name: str) -> nn.Module:
+        prune.l1_unstructured(module, name, amount=0.3)
+        return module
+
+    module = lstmfused.LSTMCell(I, H)
+    of_parametrization(module, pruned)
+    assert (module.weight_hh == 0).sum() == round(0.3 * module.weight_hh.numel())
+    prune.remove(module, "weight_hh")
+    assert (module.weight_hh == 0).sum() == round(0.3 * module.weight_hh.numel())
+    outputs(module)
+
+
+@pytest.mark.parametrize("frozen", [(name,) for name in PARAMETERS] + [PARAMETERS[1:]], ids=str)
+def test_frozen_parameters(frozen: tuple[str, ...]) -> None:
+    module, stock = lstmfused.LSTMCell(I, H), nn.LSTMCell(I, H)
+    stock.load_state_dict(module.state_dict())
+    x = torch.randn(5, I)
+    for cells in (module, stock):
+        for name in frozen:
+            cells.get_parameter(name).requires_grad_(False)
+        torch.autograd.backward(torch.stack(cells(x)).square().sum())
+    for name, parameter in module.named_parameters():
+        want = stock.get_parameter(name).grad
+        if name in frozen:
+            assert parameter.grad is None and want is None
+        else:
+            assert parameter.grad is not None and want is not None
+            check_gradient(name, parameter.grad, want.double(), frozen)
+
+
+LAZY = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+
+
+@LAZY
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, I), (I,), (0, I)], ids=str)
+def test_lazy(shape: tuple[int, ...], bias: bool) -> None:
+    """The first input says its size; from then on it is an LSTMCell made with that size."""
+    lazy = lstmfused.LazyLSTMCell(H, bias, dtype=torch.float64)
+    assert all(isinstance(p, nn.UninitializedParameter) for p in lazy.parameters())
+    assert "LazyLSTMCell(" in repr(lazy)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.manual_seed(7)
+    found = lazy(x)
+    torch.manual_seed(7)
+    expected = lstmfused.LSTMCell(I, H, bias, dtype=torch.float64)
+    assert type(lazy) is lstmfused.LSTMCell
+    assert repr(lazy) == repr(expected)
+    assert list(lazy.state_dict()) == list(expected.state_dict())
+    for actual, want in zip(found, expected(x), strict=True):
+        assert torch.equal(actual, want)
+    with pytest.raises(RuntimeError, match=f"input_size: got {I + 1} expected {I}"):
+        lazy(torch.randn(5, I + 1, dtype=torch.float64))
+
+
+@LAZY
+def test_lazy_takes_its_size_from_a_checkpoint() -> None:
+    stock = nn.LSTMCell(I, H)
+    lazy = lstmfused.LazyLSTMCell(H)
+    lazy.load_state_dict(stock.state_dict())
+    assert_same(lazy, stock)
+    assert type(lazy) is lstmfused.LSTMCell
+    assert lazy.input_size == I
+    wrong = lstmfused.LazyLSTMCell(H)
+    wrong.load_state_dict(stock.state_dict())
+    with pytest.raises(RuntimeError, match=f"input_size: got {I + 1} expected {I}"):
+        wrong(torch.randn(5, I + 1))
+
+
+@LAZY
+def test_lazy_inside_a_model() -> None:
+    model = nn.ModuleList([lstmfused.LazyLSTMCell(H), lstmfused.LazyLSTMCell(3)])
+    copied = copy.deepcopy(model)
+    for cells in (model, copied):
+        h = torch.randn(5, I)
+        for module in cells:
+            h, _ = module(h)
+        assert [m.input_size for m in cells] == [I, H]
+    assert lstmfused.LazyLSTMCell(H, device="meta")(torch.randn(2, I, device="meta"))[0].is_meta
 
 
 def test_tied_weights() -> None:

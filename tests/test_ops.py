@@ -1,4 +1,4 @@
-"""The operators under opcheck, fake tensors, torch.compile, torch.export and autocast."""
+"""The operators under opcheck, fake tensors, torch.compile and autocast."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -148,18 +148,6 @@ def test_compile_unbatched_and_without_bias() -> None:
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     x = torch.randn(I)
     assert_close(compiled(module, x), loss_of(module, x), torch.tensor(1e-6), "unbatched")
-
-
-def test_export() -> None:
-    module = lstmfused.LSTMCell(I, H).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    sample = random_arguments(3, I, H)
-    shapes = {"input": {0: batch}, "hx": ({0: batch}, {0: batch})}
-    program = torch.export.export(module, (sample.input, sample.hx), dynamic_shapes=shapes)
-    for B in (2, 3, 17):
-        x, hx = random_arguments(B, I, H).input, random_arguments(B, I, H).hx
-        for name, actual, want in zip("hc", program.module()(x, hx), module(x, hx), strict=True):
-            check_output(name, actual, want, B)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,6 +1,7 @@
 """torch.func transforms and forward-mode AD against the float64 reference."""
 
 from collections.abc import Callable
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -103,6 +104,150 @@ def test_forward_over_reverse() -> None:
     agree(results[0], results[1], "hessian-vector product")
 
 
+@WRAPPED
+def test_gradcheck(bias: tuple[bool, bool]) -> None:
+    """Every argument, in reverse and forward mode, batched by vmap, and over each other."""
+    for rows in (None, 2):
+        arguments = random_arguments(rows, 3, 4, torch.float64, bias=bias).trainable()
+        call, tensors = flat(cell, arguments), arguments.present()
+        assert torch.autograd.gradcheck(
+            call,
+            tensors,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )
+        assert torch.autograd.gradgradcheck(
+            call, tensors, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
+        )
+
+
+# What torch's own linearize says of every constant of a function.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_linearize() -> None:
+    arguments = arguments_of()
+    tensors = tuple(arguments.present())
+    tangents = tuple(random_like(t, seed) for seed, t in enumerate(tensors))
+    output, linear = func.linearize(flat(cell, arguments), *tensors)
+    found = (output, linear(*tangents))
+    agree(found, func.jvp(flat(oracle, arguments), tensors, tangents), "linearize")
+
+
+def test_vjp() -> None:
+    arguments = arguments_of()
+    tensors = arguments.present()
+    found, pullback = func.vjp(flat(cell, arguments), *tensors)[:2]
+    want, expected = func.vjp(flat(oracle, arguments), *tensors)[:2]
+    agree((found, pullback(random_like(found))), (want, expected(random_like(want))), "vjp")
+
+
+STACKED = [names for n in (1, 2, 3, 4) for names in combinations(("x", "hc", "weights", "bias"), n)]
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+@pytest.mark.parametrize("stacked", STACKED, ids="-".join)
+def test_vmap_over_any_arguments(stacked: tuple[str, ...], randomness: str) -> None:
+    """Each subset of the arguments, at changing axes; with a batch, state, biases or without."""
+    V = 3
+    groups = {"x": (0,), "hc": (1, 2), "weights": (3, 4), "bias": (5, 6)}
+    positions = {k for name in stacked for k in groups[name]}
+    for rows, state, bias in product((None, 1, B), (True, False), (True, False)):
+        many = [
+            random_arguments(rows, I, H, torch.float64, state=state, bias=(bias, bias), seed=seed)
+            for seed in range(V)
+        ]
+        mapped = [k for k in sorted(positions) if many[0][k] is not None]
+        if not mapped:
+            continue
+        axes = [k % (getattr(many[0], Arguments._fields[k]).dim() + 1) for k in mapped]
+        tensors = [
+            torch.stack([a[k] for a in many], axis)  # type: ignore[misc]
+            for k, axis in zip(mapped, axes, strict=True)
+        ]
+        each = [
+            many[0]._replace(**{Arguments._fields[k]: a[k] for k in mapped})  # type: ignore[arg-type]
+            for a in many
+        ]
+
+        def call(*given: Tensor, rest: Arguments = many[0], at: list[int] = mapped) -> Any:
+            return cell(
+                rest._replace(**{Arguments._fields[k]: t for k, t in zip(at, given, strict=True)})
+            )
+
+        found = func.vmap(call, in_dims=tuple(axes), randomness=randomness)(*tensors)
+        expected = tuple(torch.stack(parts) for parts in zip(*map(oracle, each), strict=True))
+        agree(found, expected, (rows, state, bias))
+
+
+def test_nested_vmap() -> None:
+    """Steps times members of an ensemble, and a stack of stacks of inputs."""
+    _, h, c, *rest = arguments_of()
+    weights = [w for w in rest if w is not None]
+    xs, members = torch.randn(2, 5, B, I).double(), [torch.stack([w, -w, 2 * w]) for w in weights]
+
+    def one(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return cell(Arguments(x, h, c, *weights))
+
+    over_inputs = func.vmap(func.vmap(one, (0, *[None] * 4)), (0, *[None] * 4))(xs, *weights)
+    both = func.vmap(func.vmap(one, (None, *[0] * 4)), (1, *[None] * 4))(
+        xs[0].movedim(0, 1), *members
+    )
+    for i, k in product(range(2), range(5)):
+        agree([t[i, k] for t in over_inputs], oracle(Arguments(xs[i, k], h, c, *weights)), (i, k))
+    for k, m in product(range(5), range(3)):
+        of_member = Arguments(xs[0, k], h, c, *(w[m] for w in members))
+        agree([t[k, m] for t in both], oracle(of_member), (k, m))
+
+
+@pytest.mark.parametrize("rows", [None, 0, B])
+def test_vmap_over_rows_runs_the_fused_kernel(rows: int | None) -> None:
+    """Bit by bit what one call on the joined batch gives, in float32; and so are its gradients."""
+    arguments = random_arguments(rows, I, H).trainable()
+    x, h, c, *weights = arguments
+    xs, hs, cs = (torch.stack([t, t / 2, -t]).detach() for t in (x, h, c) if t is not None)
+
+    def call(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        return cell(Arguments(*rows, *weights))
+
+    found = func.vmap(call)(xs, hs, cs)
+    joined = call(*(t.reshape(-1, t.shape[-1]) for t in (xs, hs, cs)))
+    for actual, want in zip(found, joined, strict=True):
+        assert torch.equal(actual.reshape(want.shape), want)
+    grads = [
+        torch.autograd.grad(torch.cat(outputs, -1).square().sum(), weights)  # type: ignore[arg-type]
+        for outputs in (found, joined)
+    ]
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("V", [0, 1])
+def test_vmap_over_none_and_one(V: int) -> None:
+    arguments = arguments_of()
+    xs = torch.randn(V, B, I).double()
+    for given in (arguments, arguments._replace(h=None, c=None)):
+        h, c = func.vmap(lambda x, given=given: cell(given._replace(input=x)))(xs)
+        assert h.shape == c.shape == (V, B, H)
+    weights = arguments.weight_hh.expand(V, -1, -1)
+    h, _ = func.vmap(lambda w: cell(arguments._replace(weight_hh=w)))(weights)
+    assert h.shape == (V, B, H)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vmap_under_autocast(dtype: torch.dtype) -> None:
+    """As without vmap: all arguments are rounded, also where their dtypes differ."""
+    arguments = random_arguments(B, I, H)
+    arguments = arguments._replace(h=arguments.h.to(dtype))  # type: ignore[union-attr]
+    for name in ("input", "weight_hh"):
+        stacked = torch.stack([getattr(arguments, name)] * 2)
+        with torch.autocast("cpu", dtype):
+            want = cell(arguments)
+            found = func.vmap(lambda t, name=name: cell(arguments._replace(**{name: t})))(stacked)
+        for actual, expected in zip(found, want, strict=True):
+            assert actual.dtype == dtype
+            bound = 4 * torch.finfo(dtype).eps * expected.double().abs().clamp(min=1)
+            assert_close(actual[1], expected, bound, name)
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("name", Arguments._fields)
 def test_vmap_over_one_argument(name: str, axis: int) -> None:
@@ -157,3 +302,11 @@ def test_errors_are_the_same_inside_transforms() -> None:
     arguments = random_arguments(B, I + 1, H)._replace(weight_ih=torch.zeros(4 * H, I))
     with pytest.raises(RuntimeError, match=f"input_size: got {I + 1} expected {I}"):
         func.vmap(lambda x: cell(arguments._replace(input=x)))(torch.zeros(3, B, I + 1))
+    arguments = random_arguments(B, I, H)
+    wrong = f"Input batch size {B + 1} doesn't match hidden0 batch size {B}"
+    with pytest.raises(RuntimeError, match=wrong):
+        func.vmap(lambda x: cell(arguments._replace(input=x)))(torch.zeros(3, B + 1, I))
+    with pytest.raises(RuntimeError, match="For batched 2-D input, hx and cx should also be 2-D"):
+        func.vmap(lambda h, c: cell(arguments._replace(h=h, c=c)))(*torch.zeros(2, B, H))
+    with pytest.raises(RuntimeError, match="expected weight_hh of shape"):
+        func.vmap(lambda w: cell(arguments._replace(weight_hh=w)))(torch.zeros(3, H, H))
