@@ -32,9 +32,10 @@ format: $(VENV)/built
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp
 
-# The README's tables and picture, from the committed results.
+# The README's tables and picture: from the committed results, and of what torch can do with a cell.
 readme: $(VENV)/built
 	$(PY) -m benchmarks.report $(RESULT) --readme README.md --plot benchmarks/results/speedup.png
+	$(PY) -m benchmarks.abilities --readme README.md
 
 clean:
 	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py

@@ -16,7 +16,6 @@ from typing import Any
 from .shapes import COLUMNS, MODES
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 NAMES = {
     "torch": "nn.LSTMCell",
     "compile": "torch.compile(nn.LSTMCell)",
@@ -159,12 +158,17 @@ def markdown(result: Row) -> str:
     return "\n\n".join([*parts, *overheads(result)])
 
 
-def insert(readme: str, text: str) -> str:
-    """`readme` with `text` between its markers."""
-    if not (readme.count(BEGIN) == readme.count(END) == 1):
-        raise SystemExit(f"the README needs one {BEGIN} and one {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def insert(readme: str, text: str, name: str = "benchmark") -> str:
+    """`readme` with `text` between the markers of that name."""
+    begin, end = markers(name)
+    if not (readme.count(begin) == readme.count(end) == 1):
+        raise SystemExit(f"the README needs one {begin} and one {end}")
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> int:

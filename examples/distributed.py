@@ -55,11 +55,11 @@ def share_work(model: Model, mode: str) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, share: Tensor, steps: int) -> None:
+def train(called: nn.Module, share: Tensor, steps: int) -> None:
     """Train on this process's share (B, T, I), and print the losses of the joined batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(called.parameters(), lr=0.5)
     for step in range(1, steps + 1):
-        loss = mse_loss(model(share), share.mean(dim=1))
+        loss = mse_loss(called(share), share.mean(dim=1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,6 +104,7 @@ def main() -> None:
         work = f"{len(share)} of {args.batch} sequences, {held} of {total} weights"
         print(f"process 1 of {processes}: {work}")
     train(called, share, args.steps)
+    del called  # DDP must go before its process group, or the two can wait for each other
     saved = full_weights(model)
     if args.out and rank == 0:
         torch.save(saved, args.out)

@@ -1,5 +1,6 @@
 """What the backward pass holds on to, what it hands out, and how it meets autograd's tools."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -171,3 +172,43 @@ def test_checkpoint(use_reentrant: bool) -> None:
     named: dict[str, Any] = {"input": x, "h": h, "c": c, **dict(module.named_parameters())}
     for name, want in gradients(cell, arguments, *grads).items():
         assert torch.equal(named[name].grad, want), name
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:Error detected in .*Step")
+def test_anomaly_mode() -> None:
+    """It changes no gradient, and finds the step that makes NaN of an infinite one."""
+    arguments = random_arguments(*SHAPE)
+    expected = plain_gradients(arguments)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        for name, want in plain_gradients(arguments).items():
+            assert torch.equal(expected[name], want), name
+        trainable = arguments.trainable()
+        h, _ = cell(trainable)
+        with pytest.raises(RuntimeError, match=r"Step>. returned nan values"):
+            torch.autograd.grad(h, trainable.present(), torch.full_like(h, torch.inf))
+
+
+def test_hooks_on_tensors_and_nodes() -> None:
+    arguments = random_arguments(*SHAPE)
+    expected = plain_gradients(arguments)
+    trainable = arguments.trainable()
+    seen: list[str] = []
+
+    def doubled(name: str, grad: Tensor) -> Tensor:
+        seen.append(name)
+        return 2 * grad
+
+    for name, t in trainable._asdict().items():
+        t.register_hook(partial(doubled, name))
+        t.register_post_accumulate_grad_hook(lambda t: seen.append("accumulated"))
+    outputs = cell(trainable)
+    nodes: list[Any] = [output.grad_fn for output in outputs]
+    assert nodes[0] is nodes[1]
+    nodes[0].register_prehook(lambda grads: seen.append("before"))
+    nodes[0].register_hook(lambda grads, _: seen.append("after"))
+    torch.autograd.backward(outputs, [random_like(output) for output in outputs])
+    assert seen[:2] == ["before", "after"]
+    assert sorted(seen[2:]) == sorted([*expected, *["accumulated"] * len(expected)])
+    for name, want in expected.items():
+        assert torch.equal(getattr(trainable, name).grad, 2 * want), name

@@ -130,7 +130,8 @@ def test_default_grid_has_every_shape_at_its_own_batch() -> None:
 
 def test_report(result: Path, tmp_path: Path) -> None:
     readme, picture = tmp_path / "README.md", tmp_path / "picture.png"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    begin, end = report.markers("benchmark")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
     command = ("benchmarks.report", result, "--readme", readme)
 
     assert python(*command, "--check").returncode == 1

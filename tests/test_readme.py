@@ -1,7 +1,11 @@
-"""Every Python block of the README runs, in order, as one program."""
+"""Every Python block of the README runs, in order, as one program; its table of abilities holds."""
 
 import re
+import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -14,3 +18,19 @@ def test_python_blocks_run() -> None:
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own, by the trial of torch's own cell
+def test_abilities() -> None:
+    """The README's table is what the trial finds: all works but what needs torch's own modules."""
+    sys.path.insert(0, str(README.parent))  # the benchmarks are not installed
+    from benchmarks import abilities, report
+
+    found = abilities.markdown()
+    lines = [line.strip("| ").split(" | ") for line in found.splitlines()[2:]]
+    fails = {name.strip() for name, _, ours in lines if ours.strip() != "works"}
+    assert fails == {"`torch.jit.script`", "`torch.onnx.export`"}
+    begin, end = report.markers("abilities")
+    written = README.read_text().split(begin)[1].split(end)[0].strip()
+    if torch.__version__ in written.splitlines()[0]:
+        assert written == found
