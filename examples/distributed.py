@@ -104,11 +104,12 @@ def main() -> None:
         work = f"{len(share)} of {args.batch} sequences, {held} of {total} weights"
         print(f"process 1 of {processes}: {work}")
     train(called, share, args.steps)
-    del called  # DDP must go before its process group, or the two can wait for each other
+    del called  # DDP must end before its process group does, or its destructor can hang
     saved = full_weights(model)
     if args.out and rank == 0:
         torch.save(saved, args.out)
     if dist.is_initialized():
+        dist.barrier()  # gloo's threads let go of the last tensors while python still runs
         dist.destroy_process_group()
 
 

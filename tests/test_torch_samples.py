@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ERROR
 from torch import nn
 
 import lstmfused
@@ -44,6 +45,7 @@ def more(dtype: torch.dtype) -> Iterator[Any]:
 @DTYPES
 def test_samples(dtype: torch.dtype) -> None:
     """Outputs and gradients are those of nn.LSTMCell and, where torch has one, of its reference."""
+    torch.manual_seed(0)
     count = 0
     for sample in [*inputs(INFO.module_inputs_func, dtype), *more(dtype)]:
         made, given = sample.constructor_input, sample.forward_input
@@ -59,7 +61,10 @@ def test_samples(dtype: torch.dtype) -> None:
             torch.autograd.grad(torch.cat(outputs, -1).square().sum(), list(module.parameters()))
             for module, outputs in ((fused, found), (stock, expected))
         ]
-        torch.testing.assert_close(*grads)
+        for actual, want in zip(*grads, strict=True):
+            # Sums of terms that cancel: their rounding follows the largest; torch's inputs reach 9.
+            bound = 10 * ERROR[dtype] * max(1.0, float(want.abs().max()))
+            torch.testing.assert_close(actual, want, rtol=0, atol=bound)
         count += 1
     assert count >= 26
 
