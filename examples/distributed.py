@@ -109,7 +109,7 @@ def main() -> None:
     if args.out and rank == 0:
         torch.save(saved, args.out)
     if dist.is_initialized():
-        dist.barrier()  # gloo's threads let go of the last tensors while python still runs
+        dist.barrier()  # all have let go of the last tensors before any process ends
         dist.destroy_process_group()
 
 
