@@ -110,9 +110,8 @@ def main() -> None:
     if args.out and rank == 0:
         torch.save(saved, args.out)
     if dist.is_initialized():
-        sleep(
-            0.1
-        )  # gloo frees the last tensors in threads of its own, which must not outlive python
+        # Gloo frees the last tensors in threads of its own, which must not outlive python.
+        sleep(0.1)
         dist.destroy_process_group()
 
 
