@@ -23,6 +23,8 @@ def test_python_blocks_run() -> None:
 @pytest.mark.filterwarnings("ignore")  # of torch's own, by the trial of torch's own cell
 def test_abilities() -> None:
     """The README's table is what the trial finds: all works but what needs torch's own modules."""
+    for package in ("onnx", "tqdm"):
+        pytest.importorskip(package, reason=f"the trial needs {package}")
     sys.path.insert(0, str(README.parent))  # the benchmarks are not installed
     from benchmarks import abilities, report
 
