@@ -16,9 +16,10 @@ bench: $(VENV)/built
 test: $(VENV)/built
 	$(PY) -m pytest -q
 
-# The kernels alone: under sanitizers and, where those are installed, by clang and for aarch64 under qemu.
+# The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
+# qemu; CUDA's on an emulator, and their machine code where nvcc is.
 kernels: $(VENV)/built
-	$(PY) -m pytest -q -m kernels tests/test_kernels.py
+	$(PY) -m pytest -q -m kernels
 
 lint: $(VENV)/built
 	$(PY) -m ruff check .

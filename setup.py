@@ -1,7 +1,11 @@
-"""Builds lstmfused._C: the operators against torch, the kernels once for each instruction set."""
+"""Builds lstmfused._C: the operators against torch, the CPU's kernels once for each instruction set
+and, where nvcc is found, those of CUDA. LSTMFUSED_CUDA=1 or 0 asks for these or does without."""
 
+import os
+import re
 import runpy
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -11,7 +15,12 @@ from setuptools import Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    from torch.utils.cpp_extension import (
+        BuildExtension,
+        CppExtension,
+        _get_cuda_arch_flags,
+        get_cxx_compiler,
+    )
 except ImportError as error:
     sys.exit(
         f"lstmfused is built against your torch, and none can be imported here ({error}): "
@@ -21,6 +30,39 @@ except ImportError as error:
 CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
 FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
+CUDA_SOURCE = CSRC / "cuda" / "kernels.cu"
+NVCC_FLAGS, ARCH_LIST = itemgetter("NVCC_FLAGS", "ARCH_LIST")(
+    runpy.run_path(str(CSRC / "cuda" / "nvcc.py"))
+)
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("LSTMFUSED_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"LSTMFUSED_CUDA is 0 or 1, not {wanted!r}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = None if wanted == "0" else shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if wanted == "1" and not nvcc:
+        sys.exit(
+            f"LSTMFUSED_CUDA=1 asks for CUDA, but no nvcc is found on PATH or in {home}/bin: "
+            "install the CUDA toolkit, or set CUDA_HOME to where it is"
+        )
+    return nvcc
+
+
+NVCC = find_nvcc()
+
+
+def output(*command: str) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout
+
+
+def arch_list(nvcc: str) -> str:
+    """As TORCH_CUDA_ARCH_LIST has it; by default, of ours what this nvcc knows."""
+    known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
+    ours = [a for a in ARCH_LIST.split(";") if re.sub(r"\D", "", a) in known]
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ours)
 
 
 class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
@@ -37,25 +79,57 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
                 f"lstmfused needs a C++ compiler, and `{get_cxx_compiler()}` is not found: install "
                 "one (apt-get install g++; xcode-select --install) or name yours in CXX"
             )
-        with ThreadPoolExecutor() as pool:
+        if NVCC:
+            self.link_cuda(ext, NVCC)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            cuda = [pool.submit(self.compile_cuda, NVCC)] if NVCC else []
             ext.extra_objects += pool.map(self.compile_variant, VARIANTS)
+            ext.extra_objects += [done.result() for done in cuda]
         super().build_extension(ext)
 
     def compile_variant(self, isa: str) -> str:
-        target = Path(self.build_temp) / f"kernels_{isa}.o"
-        inputs = [KERNEL_SOURCE, *CSRC.glob("*.h"), *CSRC.glob("cpu/*.[hp]*"), Path(__file__)]
-        if not target.exists() or any(target.stat().st_mtime < i.stat().st_mtime for i in inputs):
+        flags = [*FLAGS, *VARIANTS[isa], f"-DLSTMFUSED_ISA={isa}"]
+        return self.compile(get_cxx_compiler(), flags, KERNEL_SOURCE, f"kernels_{isa}.o")
+
+    def compile_cuda(self, nvcc: str) -> str:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(nvcc)
+        flags = [*NVCC_FLAGS, "--threads", "0", *_get_cuda_arch_flags()]
+        return self.compile(nvcc, flags, CUDA_SOURCE, "kernels_cuda.o")
+
+    def link_cuda(self, ext: Extension, nvcc: str) -> None:
+        """CUDA's runtime, linked in and kept to itself: so the extension loads where there is none,
+        and where there is one it leaves torch's alone."""
+        log = output(nvcc, "--dryrun", "-x", "cu", os.devnull)
+        folders = re.findall(r'"-L([^"]+)"', log)
+        if not any((Path(folder) / "libcudart_static.a").exists() for folder in folders):
+            sys.exit(
+                f"{nvcc} does not tell where libcudart_static.a is ({log.splitlines()[-1]}): "
+                "install the CUDA toolkit whole, or set LSTMFUSED_CUDA=0 to do without CUDA"
+            )
+        ext.define_macros.append(("LSTMFUSED_CUDA", f'"{arch_list(nvcc)}"'))
+        ext.library_dirs += folders
+        ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        ext.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
+
+    def compile(self, compiler: str, flags: list[str], source: Path, name: str) -> str:
+        """Again only where something has changed."""
+        target, command = Path(self.build_temp) / name, Path(self.build_temp) / f"{name}.flags"
+        inputs = [source, *CSRC.glob("*.h"), *source.parent.glob("*.h")]
+        same = command.exists() and command.read_text() == str((compiler, flags))
+        if not same or any(target.stat().st_mtime < i.stat().st_mtime for i in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*FLAGS, *VARIANTS[isa], f"-DLSTMFUSED_ISA={isa}"]
-            self.spawn([get_cxx_compiler(), *flags, "-c", str(KERNEL_SOURCE), "-o", str(target)])
+            self.spawn([compiler, *flags, "-c", str(source), "-o", str(target)])
+            command.write_text(str((compiler, flags)))
         return str(target)
 
+
+SOURCES = ["ops", "checks", "autograd", "cpu/lstm_cpu", *(["cuda/lstm_cuda"] if NVCC else [])]
 
 setup(
     ext_modules=[
         CppExtension(
             "lstmfused._C",
-            [str(CSRC / f"{name}.cpp") for name in ("ops", "checks", "autograd", "cpu/lstm_cpu")],
+            [str(CSRC / f"{name}.cpp") for name in SOURCES],
             # at::parallel_for is serial without OpenMP; not linked, for torch brings its own copy.
             extra_compile_args=["-O2", "-g0", "-Wall"]
             + (["-fopenmp"] if sys.platform == "linux" else []),

@@ -4,7 +4,8 @@
 // column g * H + u of a gate buffer belongs to gate g of unit u. Every matrix is row-major with
 // contiguous rows; a *_stride is the distance between rows, in elements (0 repeats one row).
 //
-// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed.
+// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed, X that of the left
+// factors of the products: the CPU's kernels want them widened, CUDA's as they are.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -29,13 +30,12 @@ struct AccumulateType<double> {
 template <class T>
 using Accumulate = typename AccumulateType<T>::type;
 
-template <class T>
+template <class T, class X = Accumulate<T>>
 struct Forward {
-  using A = Accumulate<T>;
   int64_t B, I, H;
-  const A* input;  // (B, I)
+  const X* input;  // (B, I)
   int64_t input_stride;
-  const A* hx;  // (B, H)
+  const X* hx;  // (B, H)
   int64_t hx_stride;
   const T* cx;  // (B, H)
   int64_t cx_stride;
@@ -48,9 +48,8 @@ struct Forward {
   T* gates;            // (B, 4H) activated gates, or null when no gradient is wanted
 };
 
-template <class T>
+template <class T, class X = Accumulate<T>>
 struct Backward {
-  using A = Accumulate<T>;
   int64_t B, I, H;
   const T* grad_h;  // (B, H) or null for zeros
   int64_t grad_h_stride;
@@ -66,7 +65,7 @@ struct Backward {
   const T* weight_ih;         // (4H, I)
   const T* weight_hh;         // (4H, H)
   int64_t rows;               // of the batch that scratch has room for: backward_rows()
-  A* grad_gates;              // (rows, 4H) scratch
+  X* grad_gates;              // (rows, 4H) scratch
   int64_t grad_gates_stride;  // backward_stride()
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)

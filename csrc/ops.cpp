@@ -1,8 +1,8 @@
 // Every operator and every binding: the table of contents.
 //
 //   lstm_cell            the step, differentiable, batched or not     autograd.cpp
-//   lstm_cell_forward    the step on batched tensors                  cpu/lstm_cpu.cpp
-//   lstm_cell_backward   its gradients                                cpu/lstm_cpu.cpp
+//   lstm_cell_forward    the step on batched tensors                  cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell_backward   its gradients                                cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -12,6 +12,9 @@
 #include <torch/library.h>
 
 #include "cpu/variant.h"
+#ifdef LSTMFUSED_CUDA
+#include "cuda/paths.h"
+#endif
 
 TORCH_LIBRARY(lstmfused, m) {
   m.def(
@@ -71,6 +74,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
+#ifdef LSTMFUSED_CUDA
+  m.attr("cuda_architectures") = LSTMFUSED_CUDA;
+  m.def("set_cuda_path", &lstmfused::cuda::set_path);
+  m.def("cuda_path", &lstmfused::cuda::path);
+#else
+  m.attr("cuda_architectures") = "";
+#endif
   m.attr("compiler") =
 #ifdef __clang__
       "clang " __clang_version__;

@@ -135,4 +135,5 @@ def build_info() -> dict[str, str]:
         "compiler": _C.compiler,
         "cpu kernels built": _build.VARIANTS,
         "cpu kernel": _C.cpu_kernel(),
+        "cuda kernels built": _C.cuda_architectures or "none",
     }

@@ -53,6 +53,15 @@ def test_build_without_torch(tmp_path: Path) -> None:
     assert REMEDY in line
 
 
+def test_build_with_cuda_but_no_nvcc(tmp_path: Path) -> None:
+    absent = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
+    line = last_line(str(SETUP), "--version", cwd=SETUP.parent, LSTMFUSED_CUDA="1", **absent)
+    assert "no nvcc is found on PATH" in line
+    assert "CUDA_HOME" in line
+    line = last_line(str(SETUP), "--version", cwd=SETUP.parent, LSTMFUSED_CUDA="yes", **absent)
+    assert line == "LSTMFUSED_CUDA is 0 or 1, not 'yes'"
+
+
 def test_build_without_compiler(tmp_path: Path) -> None:
     build = ("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
     line = last_line(str(SETUP), *build, cwd=SETUP.parent, CXX="absent-compiler")

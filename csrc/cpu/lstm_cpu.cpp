@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
+#include "../tensors.h"
 #include "variant.h"
 
 namespace lstmfused {
@@ -80,25 +81,6 @@ auto with_kernels(at::ScalarType dtype, F&& f) {
   }
 }
 
-// The same values with contiguous rows; rows themselves may lie apart, as in x[:, t].
-Tensor rows(const Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
-}
-
-Tensor contiguous(const OptionalTensor& tensor) {
-  return tensor && tensor->defined() ? tensor->contiguous() : Tensor();
-}
-
-// Pointers as the kernels name their types; null for what is undefined or has no element.
-template <class T>
-const T* in(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-template <class T>
-T* out(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
-
 // at::empty without its trip through the dispatcher, which small calls would feel.
 Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::detail::empty_cpu(shape, dtype); }
 
@@ -134,21 +116,13 @@ Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_,
   check_step(input_, hx_, cx_, weight_ih_, weight_hh_, {}, {});
   check_backward(grad_h_, grad_c_, gates_, cx_);
   const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
-  const auto optional_rows = [](const OptionalTensor& t) {
-    return t && t->defined() ? rows(*t) : Tensor();
-  };
-  const auto row_stride = [](const Tensor& t) { return t.defined() ? t.stride(0) : 0; };
-  const Tensor grad_h = optional_rows(grad_h_), grad_c = optional_rows(grad_c_);
+  const Tensor grad_h = rows(grad_h_), grad_c = rows(grad_c_);
   const Tensor gates = gates_.contiguous(), input = rows(input_), hx = rows(hx_), cx = rows(cx_);
   const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
 
   const at::ScalarType dtype = input_.scalar_type(), sums = at::toOpMathType(dtype);
-  const auto make = [&](int index, at::IntArrayRef shape) {
-    const Tensor gradient = empty(output_mask[index] ? shape : at::IntArrayRef{0}, dtype);
-    return B ? gradient : gradient.zero_();  // a batch of nothing still has weight gradients
-  };
-  const Gradients gradients{make(0, {B, I}),     make(1, {B, H}),  make(2, {B, H}), make(3, {4 * H, I}),
-                            make(4, {4 * H, H}), make(5, {4 * H}), make(6, {4 * H})};
+  const Gradients gradients =
+      make_gradients(B, I, H, output_mask, [&](at::IntArrayRef shape) { return empty(shape, dtype); });
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
       gradients;
   if (!cx.numel()) return gradients;

@@ -1,0 +1,56 @@
+// What the CUDA kernels offer; neither torch nor CUDA is needed to read it.
+#pragma once
+#include "../lstm.h"
+
+namespace lstmfused {
+namespace cuda {
+
+struct Device {
+  int capability;  // 90 for sm_90
+  int multiprocessors;
+  void* stream;  // a cudaStream_t
+};
+const char* describe(int index, Device&);  // but for the stream
+
+struct Problem {
+  int64_t B, I, H;
+  bool tf32;  // products of float32 may round their factors to tf32
+};
+
+// How a step is computed.
+enum class Path {
+  kFewRows,      // dot products: each weight is read once for up to eight rows
+  kTensorCores,  // matrix instructions, the end of the step in their epilogue
+  kProducts,     // matrix products by another library, then finish()
+};
+template <class T>
+bool has_tensor_cores(bool tf32, const Device&);
+template <class T>
+constexpr bool has_finish = sizeof(T) >= sizeof(float);  // half types would be rounded before finish()
+template <class T>
+Path forward_path(const Problem&, const Device&);
+template <class T>
+Path backward_path(const Problem&, const Device&);  // kFewRows or kProducts
+
+// Each returns null, or what CUDA says went wrong. Nothing waits for the device.
+
+template <class T>
+const char* forward_few_rows(const Forward<T, T>&, const Device&);
+template <class T>
+const char* forward_tensor_cores(const Forward<T, T>&, const Device&);  // where has_tensor_cores()
+// The end of the step, from sums (B, 4H) = input @ weight_ih^T + hx @ weight_hh^T. p.gates may be sums.
+template <class T>
+const char* finish(const Forward<T, T>& p, const T* sums, const Device&);  // where has_finish
+
+// The gradients of the gates before activation, of cx and of the biases. partial is scratch of
+// bias_pieces() by 4H, for there may be more pieces of the batch than one.
+template <class T>
+int64_t bias_pieces(const Problem&, const Device&);
+template <class T>
+const char* gate_gradients(const Backward<T, T>&, Accumulate<T>* partial, const Device&);
+// From p.grad_gates: the gradients of input, hx and of the weights, one launch for all.
+template <class T>
+const char* backward_few_rows(const Backward<T, T>&, const Device&);
+
+}  // namespace cuda
+}  // namespace lstmfused

@@ -1,0 +1,225 @@
+// Many rows: a step as one matrix product over [input | hx], in tensor cores, with the end of the step in
+// its epilogue. bfloat16, float16, and float32 rounded to tf32; sums are float32.
+//
+// A block makes kRows rows of kUnits units, that is of 4 * kUnits rows of the weights: those of a unit lie
+// H apart, which is only a matter of addresses. Each thread then has all four gates of its states.
+// Stretches of K travel to shared memory while earlier ones are multiplied. Where blocks are small, the
+// warps of a block share a stretch: each multiplies a part of it, and what they have is added up in order.
+#pragma once
+#include "kernels.h"
+#include "step.h"
+
+namespace lstmfused {
+namespace cuda {
+
+template <int kRowWarps_, int kRowTiles_, int kUnitWarps_, int kParts_, int kBlocks_>
+struct Tile {
+  static constexpr int kRowWarps = kRowWarps_;    // warps along the rows,
+  static constexpr int kUnitWarps = kUnitWarps_;  // along the units
+  static constexpr int kParts = kParts_;          // and along K
+  static constexpr int kRowTiles = kRowTiles_;    // of 16 rows, of a warp
+  static constexpr int kBlocks = kBlocks_;        // on a multiprocessor, at least
+  static constexpr int kRows = 16 * kRowTiles * kRowWarps, kUnits = 16 * kUnitWarps;
+  static constexpr int kWarps = kRowWarps * kUnitWarps * kParts, kThreads = kWarp * kWarps;
+  static constexpr int kBytes = 128 * kParts;  // of a row, in a stretch of K
+  static constexpr int kPitch = kBytes + 16;   // no two of eight rows in the same banks
+  static constexpr int kStages = 3;
+  static constexpr int kStage = (kRows + 4 * kUnits) * kPitch;
+  static constexpr size_t kShared = size_t(kStages) * kStage;
+};
+using LargeTile = Tile<4, 2, 2, 1, 1>;   // 128 rows, 32 units
+using MediumTile = Tile<4, 1, 1, 2, 2>;  // 64 rows, 16 units
+using SmallTile = Tile<2, 1, 1, 4, 1>;   // 32 rows, 16 units
+
+// A stretch of the factors of one product, in elements of K from k on.
+template <class T>
+struct Factors {
+  const T* left;  // (B, K)
+  int64_t stride;
+  const T* weight;  // (4H, K)
+  int64_t K, k;
+};
+
+// Copies the 16 bytes of a row from element k on, zeros where they lie beyond its end.
+template <bool kVectors, class T>
+LSTMFUSED_DEVICE void copy_vector(unsigned char* to, const T* row, int64_t k, int64_t K, bool wanted) {
+  if constexpr (kVectors) {
+    const bool inside = wanted && k < K;
+    copy_async(to, inside ? row + k : row, inside);
+  } else {
+    Vector<T> vector;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; i++) vector.at[i] = wanted && k + i < K ? row[k + i] : T{};
+    *reinterpret_cast<Vector<T>*>(to) = vector;
+  }
+}
+
+// The rows of both factors that the block at (row, unit) needs, by all its threads.
+template <class Tile, bool kVectors, class T>
+LSTMFUSED_DEVICE void load_stage(unsigned char* stage, const Factors<T>& from, int64_t B, int64_t H,
+                                 int64_t row, int64_t unit) {
+  constexpr int kVectorsOfRow = Tile::kBytes / 16;
+  constexpr int kCount = (Tile::kRows + 4 * Tile::kUnits) * kVectorsOfRow;
+  static_assert(kCount % Tile::kThreads == 0 && Tile::kRows * kVectorsOfRow % Tile::kThreads == 0);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kCount; i += Tile::kThreads) {
+    const int r = i / kVectorsOfRow, v = i % kVectorsOfRow, n = r - Tile::kRows;
+    const int64_t k = from.k + v * kVector<T>;
+    unsigned char* to = stage + r * Tile::kPitch + v * 16;
+    if (n < 0) {
+      const bool wanted = row + r < B;
+      copy_vector<kVectors>(to, from.left + (wanted ? row + r : 0) * from.stride, k, from.K, wanted);
+    } else {
+      const int64_t gate = n / Tile::kUnits, u = unit + n % Tile::kUnits;
+      const bool wanted = u < H;
+      copy_vector<kVectors>(to, from.weight + (wanted ? gate * H + u : 0) * from.K, k, from.K, wanted);
+    }
+  }
+}
+
+// What a warp has: sums[m][gate][n] is 16 rows by 8 units.
+template <class Tile>
+struct WarpSums {
+  float at[Tile::kRowTiles][4][2][4];
+};
+
+LSTMFUSED_DEVICE void round_factor(uint32_t& bits, float) { bits = to_tf32(bits); }
+LSTMFUSED_DEVICE void round_factor(uint32_t&, bfloat16) {}
+LSTMFUSED_DEVICE void round_factor(uint32_t&, float16) {}
+
+// sums += the product of the warp's rows, units and part of the stage. Matrices are spoken of in bytes: 32
+// of a row are one matrix instruction's worth of every type.
+template <class Tile, class T>
+LSTMFUSED_DEVICE void multiply_stage(WarpSums<Tile>& sums, const unsigned char* stage, int row_warp,
+                                     int unit_warp, int part) {
+  const int lane = threadIdx.x % kWarp;
+  const unsigned char* left =
+      stage + (row_warp * Tile::kRowTiles * 16 + lane % 16) * Tile::kPitch + lane / 16 * 16 + part * 128;
+  const unsigned char* right = stage +
+                               (Tile::kRows + unit_warp * 16 + lane / 16 * 8 + lane % 8) * Tile::kPitch +
+                               lane / 8 % 2 * 16 + part * 128;
+#pragma unroll
+  for (int byte = 0; byte < 128; byte += 32) {
+    uint32_t a[Tile::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Tile::kRowTiles; m++) {
+      load_matrices(a[m], left + m * 16 * Tile::kPitch + byte);
+#pragma unroll
+      for (int i = 0; i < 4; i++) round_factor(a[m][i], T{});
+    }
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++) {
+      uint32_t b[4];  // of 16 units
+      load_matrices(b, right + gate * Tile::kUnits * Tile::kPitch + byte);
+#pragma unroll
+      for (int i = 0; i < 4; i++) round_factor(b[i], T{});
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const uint32_t of_units[2] = {b[2 * n], b[2 * n + 1]};
+#pragma unroll
+        for (int m = 0; m < Tile::kRowTiles; m++) multiply(sums.at[m][gate][n], a[m], of_units, T{});
+      }
+    }
+  }
+}
+
+// Adds the sums of the parts to those of the first, in order, through shared memory.
+template <class Tile>
+LSTMFUSED_DEVICE void add_parts(WarpSums<Tile>& sums, int part) {
+  constexpr int kCount = sizeof(WarpSums<Tile>) / sizeof(float);
+  constexpr int kThreads = Tile::kThreads / Tile::kParts;  // of a part
+  static_assert((Tile::kParts - 1) * kThreads * sizeof(WarpSums<Tile>) <= Tile::kShared);
+  float* const all = reinterpret_cast<float*>(shared_memory());  // (parts - 1, count, threads)
+  const int thread = threadIdx.x % kThreads;
+  float* const own = &sums.at[0][0][0][0];
+  __syncthreads();  // the last stage has been read
+  if (part > 0)
+#pragma unroll
+    for (int i = 0; i < kCount; i++) all[((part - 1) * kCount + i) * kThreads + thread] = own[i];
+  __syncthreads();
+  if (part > 0) return;
+  for (int other = 0; other < Tile::kParts - 1; other++)
+#pragma unroll
+    for (int i = 0; i < kCount; i++) own[i] += all[(other * kCount + i) * kThreads + thread];
+}
+
+// Grid (blocks of rows, blocks of units).
+template <class T, class Tile, bool kVectors>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) tensor_cores(const Forward<T, T> p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // has_tensor_cores() is false there
+#else
+  constexpr int kDepth = Tile::kBytes / int(sizeof(T));
+  constexpr int kWarpsOfPart = Tile::kWarps / Tile::kParts;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int part = warp / kWarpsOfPart, row_warp = warp % Tile::kRowWarps,
+            unit_warp = warp % kWarpsOfPart / Tile::kRowWarps;
+  const int64_t row = int64_t(blockIdx.x) * Tile::kRows, unit = int64_t(blockIdx.y) * Tile::kUnits;
+
+  // Stretches of the input, then of the state.
+  const int of_input = int((p.I + kDepth - 1) / kDepth),
+            count = of_input + int((p.H + kDepth - 1) / kDepth);
+  const auto stage = [&](int i) { return shared_memory() + i % Tile::kStages * Tile::kStage; };
+  const auto load = [&](int i) {
+    if (i < count) {
+      const Factors<T> from =
+          i < of_input ? Factors<T>{p.input, p.input_stride, p.weight_ih, p.I, int64_t(i) * kDepth}
+                       : Factors<T>{p.hx, p.hx_stride, p.weight_hh, p.H, int64_t(i - of_input) * kDepth};
+      load_stage<Tile, kVectors>(stage(i), from, p.B, p.H, row, unit);
+    }
+    commit_copies();  // of nothing, too: waits count groups
+  };
+
+  WarpSums<Tile> sums{};
+#pragma unroll
+  for (int i = 0; i < Tile::kStages - 1; i++) load(i);
+  for (int i = 0; i < count; i++) {
+    wait_copies<Tile::kStages - 2>();
+    __syncthreads();  // stage i has come, and stage i - 1 has been read by all
+    load(i + Tile::kStages - 1);
+    multiply_stage<Tile, T>(sums, stage(i), row_warp, unit_warp, part);
+  }
+  if constexpr (Tile::kParts > 1) {
+    add_parts(sums, part);
+    if (part > 0) return;
+  }
+
+#pragma unroll
+  for (int m = 0; m < Tile::kRowTiles; m++)
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int64_t r = row + (row_warp * Tile::kRowTiles + m) * 16 + lane / 4 + i / 2 * 8;
+        const int64_t u = unit + unit_warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
+        const auto& s = sums.at[m];
+        if (r < p.B && u < p.H)
+          finish_state(p, r, u, Gates<float>{s[0][n][i], s[1][n][i], s[2][n][i], s[3][n][i]});
+      }
+#endif
+}
+
+template <class T>
+const char* forward_tensor_cores(const Forward<T, T>& p, const Device& device) {
+  static_assert(sizeof(T) <= sizeof(float));
+  const auto run = [&](auto tile, auto vectors) {
+    using Tile = decltype(tile);
+    const dim3 grid(unsigned(ceil_div(p.B, Tile::kRows)), unsigned(ceil_div(p.H, Tile::kUnits)));
+    return launch(tensor_cores<T, Tile, decltype(vectors)::value>, grid, dim3(Tile::kThreads),
+                  Tile::kShared, device.stream, p);
+  };
+  if (!(in_vectors(p.input, p.input_stride, p.I) && in_vectors(p.hx, p.hx_stride, p.H) &&
+        in_vectors(p.weight_ih, p.I, p.I) && in_vectors(p.weight_hh, p.H, p.H)))
+    return run(MediumTile{}, Number<false>{});
+  // The largest blocks of which there are enough for every multiprocessor.
+  const auto enough = [&](auto tile) {
+    using Tile = decltype(tile);
+    return ceil_div(p.B, Tile::kRows) * ceil_div(p.H, Tile::kUnits) >= device.multiprocessors;
+  };
+  if (enough(LargeTile{})) return run(LargeTile{}, Number<true>{});
+  if (enough(MediumTile{})) return run(MediumTile{}, Number<true>{});
+  return run(SmallTile{}, Number<true>{});
+}
+
+}  // namespace cuda
+}  // namespace lstmfused
