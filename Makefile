@@ -25,13 +25,13 @@ lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp tests/*.h
 	$(PY) -m benchmarks.report $(RESULT) --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp tests/*.h
 
 # The README's tables and picture: from the committed results, and of what torch can do with a cell.
 readme: $(VENV)/built

@@ -2,14 +2,13 @@
 and, where nvcc is found, those of CUDA. LSTMFUSED_CUDA=1 or 0 asks for these or does without."""
 
 import os
-import re
 import runpy
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, setup
 
@@ -31,38 +30,8 @@ CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
 FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
 CUDA_SOURCE = CSRC / "cuda" / "kernels.cu"
-NVCC_FLAGS, ARCH_LIST = itemgetter("NVCC_FLAGS", "ARCH_LIST")(
-    runpy.run_path(str(CSRC / "cuda" / "nvcc.py"))
-)
-
-
-def find_nvcc() -> str | None:
-    wanted = os.environ.get("LSTMFUSED_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"LSTMFUSED_CUDA is 0 or 1, not {wanted!r}")
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = None if wanted == "0" else shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    if wanted == "1" and not nvcc:
-        sys.exit(
-            f"LSTMFUSED_CUDA=1 asks for CUDA, but no nvcc is found on PATH or in {home}/bin: "
-            "install the CUDA toolkit, or set CUDA_HOME to where it is"
-        )
-    return nvcc
-
-
-NVCC = find_nvcc()
-
-
-def output(*command: str) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.stdout
-
-
-def arch_list(nvcc: str) -> str:
-    """As TORCH_CUDA_ARCH_LIST has it; by default, of ours what this nvcc knows."""
-    known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
-    ours = [a for a in ARCH_LIST.split(";") if re.sub(r"\D", "", a) in known]
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ours)
+nvcc = SimpleNamespace(**runpy.run_path(str(CSRC / "cuda" / "nvcc.py")))
+NVCC = nvcc.find_nvcc()
 
 
 class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
@@ -79,10 +48,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
                 f"lstmfused needs a C++ compiler, and `{get_cxx_compiler()}` is not found: install "
                 "one (apt-get install g++; xcode-select --install) or name yours in CXX"
             )
-        if NVCC:
-            self.link_cuda(ext, NVCC)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            cuda = [pool.submit(self.compile_cuda, NVCC)] if NVCC else []
+            cuda = [pool.submit(self.compile_cuda, ext)] if NVCC else []
             ext.extra_objects += pool.map(self.compile_variant, VARIANTS)
             ext.extra_objects += [done.result() for done in cuda]
         super().build_extension(ext)
@@ -91,25 +58,16 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         flags = [*FLAGS, *VARIANTS[isa], f"-DLSTMFUSED_ISA={isa}"]
         return self.compile(get_cxx_compiler(), flags, KERNEL_SOURCE, f"kernels_{isa}.o")
 
-    def compile_cuda(self, nvcc: str) -> str:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(nvcc)
-        flags = [*NVCC_FLAGS, "--threads", "0", *_get_cuda_arch_flags()]
-        return self.compile(nvcc, flags, CUDA_SOURCE, "kernels_cuda.o")
-
-    def link_cuda(self, ext: Extension, nvcc: str) -> None:
-        """CUDA's runtime, linked in and kept to itself: so the extension loads where there is none,
+    def compile_cuda(self, ext: Extension) -> str:
+        """Its runtime is linked in and kept to itself: so the extension loads where there is none,
         and where there is one it leaves torch's alone."""
-        log = output(nvcc, "--dryrun", "-x", "cu", os.devnull)
-        folders = re.findall(r'"-L([^"]+)"', log)
-        if not any((Path(folder) / "libcudart_static.a").exists() for folder in folders):
-            sys.exit(
-                f"{nvcc} does not tell where libcudart_static.a is ({log.splitlines()[-1]}): "
-                "install the CUDA toolkit whole, or set LSTMFUSED_CUDA=0 to do without CUDA"
-            )
-        ext.define_macros.append(("LSTMFUSED_CUDA", f'"{arch_list(nvcc)}"'))
-        ext.library_dirs += folders
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = nvcc.arch_list(NVCC)
+        ext.define_macros.append(("LSTMFUSED_CUDA", f'"{architectures}"'))
+        ext.library_dirs += nvcc.library_folders(NVCC)
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
         ext.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
+        flags = [*nvcc.NVCC_FLAGS, "--threads", "0", *_get_cuda_arch_flags()]
+        return self.compile(NVCC, flags, CUDA_SOURCE, "kernels_cuda.o")
 
     def compile(self, compiler: str, flags: list[str], source: Path, name: str) -> str:
         """Again only where something has changed."""

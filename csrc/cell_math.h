@@ -7,7 +7,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define LSTMFUSED_FN static __host__ __device__ __forceinline__
+#define LSTMFUSED_FN static __device__ __forceinline__
 #else
 #define LSTMFUSED_FN static inline __attribute__((always_inline))
 #endif

@@ -1,6 +1,11 @@
-from torch import Tensor
+from torch import Tensor, dtype
 
 compiler: str
+cuda_architectures: str  # as TORCH_CUDA_ARCH_LIST has them; empty where built without CUDA
+
+# Only where built with CUDA.
+def set_cuda_path(name: str) -> None: ...
+def cuda_path(dtype: dtype, B: int, I: int, H: int, tf32: bool) -> str: ...
 
 def cpu_kernel() -> str: ...
 def lstm_cell(

@@ -28,3 +28,14 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def two_threads(one_thread: None) -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def device() -> str:
+    """Of the tests on CUDA tensors, which are skipped where there is none."""
+    return "cuda"
+
+
+@pytest.fixture
+def poisoned_device(device: str, poisoned_memory: None) -> None:
+    assert torch.empty(3, device=device).isnan().all()

@@ -1,5 +1,7 @@
 """What a build that does not fit says: one line that names the command to mend it."""
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,28 @@ def test_build_with_cuda_but_no_nvcc(tmp_path: Path) -> None:
     assert "CUDA_HOME" in line
     line = last_line(str(SETUP), "--version", cwd=SETUP.parent, LSTMFUSED_CUDA="yes", **absent)
     assert line == "LSTMFUSED_CUDA is 0 or 1, not 'yes'"
+
+
+@pytest.mark.skipif(not lstmfused._ops._C.cuda_architectures, reason="built without CUDA")
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = runpy.run_path(str(SETUP.parent / "csrc" / "cuda" / "nvcc.py"))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert set(nvcc["arch_list"](nvcc["find_nvcc"]()).split(";")) <= set(
+        nvcc["ARCH_LIST"].split(";")
+    )
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6+PTX")
+    assert nvcc["arch_list"](nvcc["find_nvcc"]()) == "8.6+PTX"
+
+
+def test_needs_no_cuda() -> None:
+    """What it asks of other libraries is in every torch, with CUDA and without."""
+    if not shutil.which("nm"):
+        pytest.skip("no nm on this machine")
+    (extension,) = PACKAGE.glob("_C.*.so")
+    command = ["nm", "--dynamic", "--demangle", "--undefined-only", str(extension)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "at::_ops::" in symbols
+    assert not [line for line in symbols.splitlines() if re.search(r"\bcu(da|blas)|::cuda::", line)]
 
 
 def test_build_without_compiler(tmp_path: Path) -> None:

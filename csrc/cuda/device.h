@@ -33,6 +33,10 @@ LSTMFUSED_DEVICE void narrow(float x, bfloat16& to) {
 }
 LSTMFUSED_DEVICE void narrow(float x, float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
+// Within two units in the last place; nothing is lost where x is too large for that.
+LSTMFUSED_DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
+LSTMFUSED_DEVICE double reciprocal(double x) { return 1 / x; }
+
 // ---------------------------------------------------------------------------------------------------
 // Memory
 

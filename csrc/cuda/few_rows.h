@@ -39,10 +39,9 @@ LSTMFUSED_DEVICE Piece<N, T> load_piece(const T* from) {
 // `step` apart. Rows beyond the last repeat it: nobody looks at their sums.
 template <int R, int N, class T, class A = Accumulate<T>>
 LSTMFUSED_DEVICE void add_dots(A (&sums)[R * 4], const T* left, int64_t left_stride, int last,
-                               const T* weight, int64_t H, int64_t unit, int64_t K, int64_t first,
-                               int64_t step) {
+                               const T* weight, int64_t H, int64_t unit, int64_t K, int first, int step) {
 #pragma unroll 2
-  for (int64_t k = first; k < K; k += step) {
+  for (int k = first; k < K; k += step) {
     Piece<N, T> w[4];
 #pragma unroll
     for (int gate = 0; gate < 4; gate++) w[gate] = load_piece<N, true>(weight + (gate * H + unit) * K + k);
@@ -86,7 +85,7 @@ __global__ void few_rows(const Forward<T, T> p) {
   const int last = p.B - row < R ? int(p.B - row) - 1 : R - 1;
 
   const int64_t some_unit = unit < p.H ? unit : p.H - 1;  // all threads must come to the barrier
-  const int64_t first = (warp * kWarp + lane) * N, step = warps * kWarp * N;
+  const int first = (warp * kWarp + lane) * N, step = warps * kWarp * N;
   A sums[R * 4] = {};
   add_dots<R, N>(sums, p.input + row * p.input_stride, p.input_stride, last, p.weight_ih, p.H, some_unit,
                  p.I, first, step);

@@ -46,7 +46,11 @@ Device current_device(c10::Device device) {
   return result;
 }
 
-bool allow_tf32() { return at::globalContext().allowTF32CuBLAS(); }
+// As it is set for matrix products, by whichever of the three names that has.
+bool allow_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
 
 template <class T>
 Path path_of(const Problem& problem, const Device& device) {

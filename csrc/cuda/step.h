@@ -15,8 +15,8 @@ constexpr int kWarp = 32;
 template <class A>
 struct ScalarMath {
   using F = A;
-  LSTMFUSED_FN A sigmoid(A x) { return 1 / (1 + ::exp(-x)); }
-  LSTMFUSED_FN A tanh(A x) { return ::tanh(x); }
+  LSTMFUSED_DEVICE A sigmoid(A x) { return reciprocal(1 + ::exp(-x)); }
+  LSTMFUSED_DEVICE A tanh(A x) { return ::tanh(x); }
 };
 
 // Both biases of a gate.

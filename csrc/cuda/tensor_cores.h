@@ -23,6 +23,8 @@ struct Tile {
   static constexpr int kWarps = kRowWarps * kUnitWarps * kParts, kThreads = kWarp * kWarps;
   static constexpr int kBytes = 128 * kParts;  // of a row, in a stretch of K
   static constexpr int kPitch = kBytes + 16;   // no two of eight rows in the same banks
+  static constexpr int kVectors = kBytes / 16,
+                       kRowStep = kThreads / kVectors;  // of a stage, by its threads
   static constexpr int kStages = 3;
   static constexpr int kStage = (kRows + 4 * kUnits) * kPitch;
   static constexpr size_t kShared = size_t(kStages) * kStage;
@@ -31,50 +33,65 @@ using LargeTile = Tile<4, 2, 2, 1, 1>;   // 128 rows, 32 units
 using MediumTile = Tile<4, 1, 1, 2, 2>;  // 64 rows, 16 units
 using SmallTile = Tile<2, 1, 1, 4, 1>;   // 32 rows, 16 units
 
-// A stretch of the factors of one product, in elements of K from k on.
+// The factors of one product as a thread copies them: vector `threadIdx.x % kVectors` of a stretch of K, of
+// every kRowStep-th row from `threadIdx.x / kVectors` on.
 template <class T>
 struct Factors {
-  const T* left;  // (B, K)
-  int64_t stride;
-  const T* weight;  // (4H, K)
-  int64_t K, k;
+  const T* left;    // its first row and vector
+  const T* weight;  // its first unit and vector, of the first gate
+  int64_t left_step, unit_step, gate_step;
+  int64_t K;  // elements of a row that are left from its vector on
 };
+template <class Tile, class T>
+LSTMFUSED_DEVICE Factors<T> factors(const T* left, int64_t stride, const T* weight, int64_t K, int64_t H,
+                                    int64_t row, int64_t unit) {
+  const int first = threadIdx.x / Tile::kVectors, k = threadIdx.x % Tile::kVectors * kVector<T>;
+  return {left + (row + first) * stride + k,
+          weight + (unit + first) * K + k,
+          Tile::kRowStep * stride,
+          Tile::kRowStep * K,
+          H * K,
+          K - k};
+}
 
-// Copies the 16 bytes of a row from element k on, zeros where they lie beyond its end.
+// Field by field: registers have no address to choose.
+template <class T>
+LSTMFUSED_DEVICE Factors<T> either(bool first, const Factors<T>& a, const Factors<T>& b) {
+  return {first ? a.left : b.left,           first ? a.weight : b.weight,
+          first ? a.left_step : b.left_step, first ? a.unit_step : b.unit_step,
+          first ? a.gate_step : b.gate_step, first ? a.K : b.K};
+}
+
+// Copies the 16 bytes at `from`, of which `left` elements lie in their row; of a row that is not, zeros.
 template <bool kVectors, class T>
-LSTMFUSED_DEVICE void copy_vector(unsigned char* to, const T* row, int64_t k, int64_t K, bool wanted) {
+LSTMFUSED_DEVICE void copy_vector(unsigned char* to, const T* from, int64_t left, bool is) {
   if constexpr (kVectors) {
-    const bool inside = wanted && k < K;
-    copy_async(to, inside ? row + k : row, inside);
+    copy_async(to, from, is && left > 0);
   } else {
     Vector<T> vector;
 #pragma unroll
-    for (int i = 0; i < kVector<T>; i++) vector.at[i] = wanted && k + i < K ? row[k + i] : T{};
+    for (int i = 0; i < kVector<T>; i++) vector.at[i] = is && i < left ? from[i] : T{};
     *reinterpret_cast<Vector<T>*>(to) = vector;
   }
 }
 
-// The rows of both factors that the block at (row, unit) needs, by all its threads.
+// The stretch of K from k on, of the `rows` and `units` that there are from the thread's first ones on.
 template <class Tile, bool kVectors, class T>
-LSTMFUSED_DEVICE void load_stage(unsigned char* stage, const Factors<T>& from, int64_t B, int64_t H,
-                                 int64_t row, int64_t unit) {
-  constexpr int kVectorsOfRow = Tile::kBytes / 16;
-  constexpr int kCount = (Tile::kRows + 4 * Tile::kUnits) * kVectorsOfRow;
-  static_assert(kCount % Tile::kThreads == 0 && Tile::kRows * kVectorsOfRow % Tile::kThreads == 0);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kCount; i += Tile::kThreads) {
-    const int r = i / kVectorsOfRow, v = i % kVectorsOfRow, n = r - Tile::kRows;
-    const int64_t k = from.k + v * kVector<T>;
-    unsigned char* to = stage + r * Tile::kPitch + v * 16;
-    if (n < 0) {
-      const bool wanted = row + r < B;
-      copy_vector<kVectors>(to, from.left + (wanted ? row + r : 0) * from.stride, k, from.K, wanted);
-    } else {
-      const int64_t gate = n / Tile::kUnits, u = unit + n % Tile::kUnits;
-      const bool wanted = u < H;
-      copy_vector<kVectors>(to, from.weight + (wanted ? gate * H + u : 0) * from.K, k, from.K, wanted);
-    }
-  }
+LSTMFUSED_DEVICE void load_stage(unsigned char* stage, const Factors<T>& from, int64_t k, int rows,
+                                 int units) {
+  constexpr int kStep = Tile::kRowStep;
+  static_assert(Tile::kRows % kStep == 0 && Tile::kUnits % kStep == 0);
+  unsigned char* to =
+      stage + threadIdx.x / Tile::kVectors * Tile::kPitch + threadIdx.x % Tile::kVectors * 16;
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; r += kStep, to += kStep * Tile::kPitch)
+    copy_vector<kVectors>(to, from.left + r / kStep * from.left_step + k, from.K - k, r < rows);
+#pragma unroll
+  for (int gate = 0; gate < 4; gate++)
+#pragma unroll
+    for (int u = 0; u < Tile::kUnits; u += kStep, to += kStep * Tile::kPitch)
+      copy_vector<kVectors>(to, from.weight + gate * from.gate_step + u / kStep * from.unit_step + k,
+                            from.K - k, u < units);
 }
 
 // What a warp has: sums[m][gate][n] is 16 rows by 8 units.
@@ -157,15 +174,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) tensor_cores(co
   const int64_t row = int64_t(blockIdx.x) * Tile::kRows, unit = int64_t(blockIdx.y) * Tile::kUnits;
 
   // Stretches of the input, then of the state.
-  const int of_input = int((p.I + kDepth - 1) / kDepth),
-            count = of_input + int((p.H + kDepth - 1) / kDepth);
+  const Factors<T> of_input = factors<Tile>(p.input, p.input_stride, p.weight_ih, p.I, p.H, row, unit);
+  const Factors<T> of_state = factors<Tile>(p.hx, p.hx_stride, p.weight_hh, p.H, p.H, row, unit);
+  const int first = threadIdx.x / Tile::kVectors;
+  const int rows = int(p.B - row < Tile::kRows ? p.B - row : Tile::kRows) - first;
+  const int units = int(p.H - unit < Tile::kUnits ? p.H - unit : Tile::kUnits) - first;
+  const int inputs = int((p.I + kDepth - 1) / kDepth), count = inputs + int((p.H + kDepth - 1) / kDepth);
   const auto stage = [&](int i) { return shared_memory() + i % Tile::kStages * Tile::kStage; };
   const auto load = [&](int i) {
     if (i < count) {
-      const Factors<T> from =
-          i < of_input ? Factors<T>{p.input, p.input_stride, p.weight_ih, p.I, int64_t(i) * kDepth}
-                       : Factors<T>{p.hx, p.hx_stride, p.weight_hh, p.H, int64_t(i - of_input) * kDepth};
-      load_stage<Tile, kVectors>(stage(i), from, p.B, p.H, row, unit);
+      const bool in = i < inputs;
+      const int64_t k = int64_t(in ? i : i - inputs) * kDepth;
+      load_stage<Tile, kVectors>(stage(i), either(in, of_input, of_state), k, rows, units);
     }
     commit_copies();  // of nothing, too: waits count groups
   };

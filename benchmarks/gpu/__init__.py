@@ -1,0 +1,1 @@
+"""The CUDA cell, checked and measured in one run: ``python -m benchmarks.gpu --help``."""

@@ -1,0 +1,88 @@
+"""What of the CUDA cell can be told without a device."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    cell,
+    random_arguments,
+)
+from cuda_cases import ALL, FORMS, activated_gates, every_dtype, incoming, ops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lstmfused._ops import _C
+
+# What torch has to say of a device is shown, but no error of ours.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# --------------------------------------------------------------------------------------------------
+# Without a device
+
+
+def test_architectures_are_named() -> None:
+    one = r"\d+\.\d+[af]?(\+PTX)?"
+    assert isinstance(_C.cuda_architectures, str)
+    assert re.fullmatch(f"({one}(;{one})*)?", _C.cuda_architectures)
+
+
+@pytest.mark.parametrize("op", ["lstm_cell_forward", "lstm_cell_backward"])
+def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
+    assert found == bool(_C.cuda_architectures)
+
+
+def describe(tensors: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype, t.stride(), t.device.type) for t in tensors]
+
+
+@every_dtype
+def test_fake_cuda_tensors(dtype: torch.dtype) -> None:
+    """What a compiler for CUDA sees, with no device: the results of CPU, on the device."""
+
+    def fake(t: Tensor | None) -> Tensor | None:
+        return (
+            None
+            if t is None
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:0")
+        )
+
+    def on_cuda(tensors: Any) -> list[tuple[Any, ...]]:
+        return [(*parts, "cuda") for *parts, _ in describe(tensors)]
+
+    for B, form in product((None, 0, 1, 3, 300), FORMS):
+        arguments = random_arguments(B, 5, 7, dtype, **form)
+        expected = on_cuda(cell(arguments))
+        with FakeTensorMode(), torch.no_grad():
+            given = arguments.map(fake)  # type: ignore[arg-type]
+            assert describe(cell(given)) == expected, (B, form)
+    for B in (0, 1, 3, 300):
+        arguments = random_arguments(B, 5, 7, dtype)
+        back = [*incoming(arguments), activated_gates(arguments), *arguments[:5]]
+        for save in (True, False):
+            expected = on_cuda(ops.lstm_cell_forward(*arguments, save))
+            with FakeTensorMode():
+                given = arguments.map(fake)  # type: ignore[arg-type]
+                assert describe(ops.lstm_cell_forward(*given, save)) == expected, (B, save)
+        for mask in (ALL, [True, False, False, True, False, True, False], [False] * 7):
+            expected = on_cuda(ops.lstm_cell_backward(*back, mask))
+            with FakeTensorMode():
+                found = ops.lstm_cell_backward(*map(fake, back), mask)
+                assert describe(found) == expected, (B, mask)
+
+
+def test_a_build_without_cuda_says_so() -> None:
+    if _C.cuda_architectures:
+        pytest.skip("the extension was built with CUDA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device here")
+    with pytest.raises(NotImplementedError, match="lstm_cell_forward"):
+        cell(random_arguments(3, 5, 7).map(Tensor.cuda))
