@@ -168,12 +168,6 @@ static vector<Setting> settings;
 // Few rows have few blocks; many would take their time.
 static bool are_few(int64_t B, int64_t I, int64_t H) { return (B + 8) * (I + H) < 5000; }
 
-// As much as a block can have, in bytes.
-static size_t shared_memory_of(int capability) {
-  if (capability == 80 || capability == 87) return 163 << 10;
-  return capability < 90 || capability >= 120 ? 99 << 10 : 227 << 10;
-}
-
 // Runs `step` in each setting; on one device its outputs are to be the same in every order. `after` checks
 // them.
 template <class T, class Step, class After>
@@ -186,7 +180,7 @@ static void run(Where where, const char* name, const vector<Array<T>*>& outputs,
     where.device = setting.device;
     simt::order = setting.order;
     simt::seed++;
-    simt::shared_limit = shared_memory_of(setting.device.capability);
+    simt::shared_limit = setting.device.shared_memory;
     for (Array<T>* output : outputs) output->poison();
     if (const char* error = step(setting.device)) {
       fail(where, sizeof(T), error);
@@ -529,6 +523,7 @@ static __global__ void load_beyond() {
   load_matrices(x, shared_memory() + 64);
 }
 static __global__ void nothing() {}
+static __global__ void another() {}
 // One group of copies is awaited, one is not.
 static __global__ void copies(const unsigned char* from, unsigned char* before, unsigned char* after) {
   for (int i = 0; i < 2; i++) {
@@ -570,7 +565,10 @@ static void test_gpu() {
     expect("a block without threads", launch(nothing, dim3(1), dim3(0), 0, nullptr));
     expect("a block too large", launch(nothing, dim3(1), dim3(32, 33), 0, nullptr));
     expect("a grid too large", launch(nothing, dim3(1, 65536), dim3(1), 0, nullptr));
-    expect("too much shared memory", launch(nothing, dim3(1), dim3(1), simt::shared_limit + 1, nullptr));
+    expect("too much shared memory", allow_shared_memory<nothing>(simt::shared_limit + 1, 0));
+    expect("more than is allowed", launch(nothing, dim3(1), dim3(1), (48 << 10) + 1, nullptr));
+    expect("what is allowed", !allow_shared_memory<another>(64 << 10, 0) &&
+                                  !launch(another, dim3(1), dim3(1), 64 << 10, nullptr));
     expect("a kernel that does nothing", !launch(nothing, dim3(2, 3, 4), dim3(8, 8, 16), 0, nullptr));
   }
   simt::order = simt::Order::kForward;
@@ -586,14 +584,18 @@ static void test_gpu() {
 int main(int count, char**) {
   using simt::Order;
   const bool quick = count > 1;
-  const Device large{90, 132, nullptr}, small{80, 4, nullptr};
+  const Device large{90, 132, 227 << 10, nullptr, 0}, small{80, 4, 163 << 10, nullptr, 0},
+      narrow{89, 128, 99 << 10, nullptr, 0}, lone{100, 1, 227 << 10, nullptr, 0};
   test_gpu();
   const auto test = [&](int64_t B, int64_t I, int64_t H) {
     settings = {{large, Order::kForward}, {large, Order::kBackward}, {large, Order::kGreedy}};
-    if (!quick) {
+    if (!quick && are_few(B, I, H)) {
       settings.push_back({large, Order::kRandom});
-      settings.push_back({small, Order::kGreedy});
+    } else if (!quick) {  // other tiles
+      settings.push_back({narrow, Order::kForward});
+      settings.push_back({lone, Order::kGreedy});
     }
+    if (!quick) settings.push_back({small, Order::kGreedy});
     const auto test_type = [&](auto zero, Layout layout) {
       test_forward<decltype(zero)>(B, I, H, layout);
       test_backward<decltype(zero)>(B, I, H, layout);
@@ -607,12 +609,12 @@ int main(int count, char**) {
     }
   };
   constexpr int64_t kQuick[][3] = {{2, 3, 7}, {9, 72, 72}, {20, 99, 67}};
-  constexpr int64_t kAll[][3] = {
-      {1, 1, 1},     {1, 130, 64}, {1, 72, 136},  {2, 3, 7},     {2, 64, 33},   {2, 264, 264},
-      {3, 16, 16},   {3, 51, 72},  {3, 0, 20},    {5, 2, 20},    {5, 72, 72},   {8, 33, 51},
-      {8, 20, 64},   {9, 7, 3},    {9, 64, 51},   {17, 130, 2},  {17, 16, 33},  {33, 1, 16},
-      {33, 72, 64},  {64, 20, 16}, {64, 51, 51},  {64, 64, 20},  {97, 3, 20},   {97, 20, 33},
-      {97, 130, 72}, {130, 3, 16}, {130, 72, 16}, {130, 7, 130}, {130, 16, 64}, {130, 136, 64}};
+  constexpr int64_t kAll[][3] = {{1, 1, 1},     {1, 130, 64},  {1, 72, 64},    {2, 3, 7},    {2, 20, 33},
+                                 {2, 264, 264}, {3, 16, 16},   {3, 51, 72},    {3, 0, 20},   {5, 2, 20},
+                                 {5, 72, 40},   {8, 33, 20},   {8, 20, 64},    {9, 7, 3},    {9, 64, 20},
+                                 {17, 130, 2},  {17, 16, 33},  {33, 1, 16},    {33, 72, 64}, {64, 20, 16},
+                                 {64, 64, 20},  {97, 3, 20},   {97, 130, 72},  {130, 3, 16}, {130, 72, 16},
+                                 {130, 7, 130}, {130, 16, 64}, {130, 136, 64}, {260, 24, 40}};
   if (quick)
     for (const auto& [B, I, H] : kQuick) test(B, I, H);
   else

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <vector>
@@ -77,6 +78,7 @@ enum class Order {
 inline Order order = Order::kForward;
 inline uint64_t seed = 1;
 inline size_t shared_limit = 227 << 10;  // of a block, in bytes
+inline std::map<void (*)(), size_t> shared_allowed;
 
 constexpr unsigned kLanes = 32, kMostThreads = 1024;
 constexpr size_t kStack = 256 << 10, kGuard = 4 << 10;
@@ -555,9 +557,19 @@ LSTMFUSED_DEVICE A shuffle_xor(A x, int mask) {
   return operands.result;
 }
 
+template <auto kernel>
+static const char* allow_shared_memory(size_t bytes, int) {
+  if (bytes > simt::shared_limit) return "too much shared memory";
+  simt::shared_allowed[reinterpret_cast<void (*)()>(kernel)] = bytes;
+  return nullptr;
+}
+
 template <class... Parameters, class... Arguments>
 static const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void*,
                           const Arguments&... arguments) {
+  constexpr size_t kAlways = 48 << 10;
+  if (shared > std::max(kAlways, simt::shared_allowed[reinterpret_cast<void (*)()>(kernel)]))
+    return "more shared memory than is allowed to the kernel";
   return simt::run_grid(grid, block, shared, [&] { kernel(arguments...); });
 }
 

@@ -11,6 +11,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "../lstm.h"
 
 #define LSTMFUSED_DEVICE static __device__ __forceinline__
@@ -115,15 +117,24 @@ LSTMFUSED_DEVICE A shuffle_xor(A x, int mask) {
 // ---------------------------------------------------------------------------------------------------
 // Launch
 
-// Null, or what went wrong.
+// Both return null, or what went wrong.
+
+// More shared memory than every processor has needs a word beforehand: once for each kernel and device.
+template <auto kernel>
+static const char* allow_shared_memory(size_t bytes, int device) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device; beyond the last, each time anew
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (allowed & bit) return nullptr;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  allowed |= bit;
+  return nullptr;
+}
+
 template <class... Parameters, class... Arguments>
 static const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
                           const Arguments&... arguments) {
-  if (shared > 48 << 10) {  // more than every processor has needs a word beforehand
-    const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (allowed != cudaSuccess) return cudaGetErrorString(allowed);
-  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;

@@ -14,7 +14,8 @@ constexpr int64_t kFewForGradients = 32;
 
 template <class T>
 bool has_tensor_cores(bool tf32, const Device& device) {
-  return device.capability >= 80 && (sizeof(T) == 2 || (sizeof(T) == 4 && tf32));
+  const bool has = device.capability >= 80 && device.shared_memory >= MediumTile::kShared;
+  return has && (sizeof(T) == 2 || (sizeof(T) == 4 && tf32));
 }
 
 template <class T>
@@ -39,7 +40,9 @@ const char* describe(int index, Device& device) {
   const char* error = get(cudaDevAttrComputeCapabilityMajor, major);
   if (!error) error = get(cudaDevAttrComputeCapabilityMinor, minor);
   if (!error) error = get(cudaDevAttrMultiProcessorCount, device.multiprocessors);
+  if (!error) error = get(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_memory);
   device.capability = 10 * major + minor;
+  device.index = index;
   return error;
 }
 #endif

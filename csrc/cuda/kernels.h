@@ -8,7 +8,9 @@ namespace cuda {
 struct Device {
   int capability;  // 90 for sm_90
   int multiprocessors;
-  void* stream;  // a cudaStream_t
+  int shared_memory;  // of a block at most, in bytes
+  void* stream;       // a cudaStream_t
+  int index;
 };
 const char* describe(int index, Device&);  // but for the stream
 

@@ -22,16 +22,20 @@ struct Tile {
   static constexpr int kRows = 16 * kRowTiles * kRowWarps, kUnits = 16 * kUnitWarps;
   static constexpr int kWarps = kRowWarps * kUnitWarps * kParts, kThreads = kWarp * kWarps;
   static constexpr int kBytes = 128 * kParts;  // of a row, in a stretch of K
-  static constexpr int kPitch = kBytes + 16;   // no two of eight rows in the same banks
   static constexpr int kVectors = kBytes / 16,
                        kRowStep = kThreads / kVectors;  // of a stage, by its threads
   static constexpr int kStages = 3;
-  static constexpr int kStage = (kRows + 4 * kUnits) * kPitch;
-  static constexpr size_t kShared = size_t(kStages) * kStage;
+  static constexpr int kStage = (kRows + 4 * kUnits) * kBytes;
+  static constexpr int kShared = kStages * kStage;
 };
-using LargeTile = Tile<4, 2, 2, 1, 1>;   // 128 rows, 32 units
+using HugeTile = Tile<4, 4, 2, 1, 1>;    // 256 rows, 32 units
+using LargeTile = Tile<4, 2, 2, 1, 2>;   // 128 rows, 32 units
 using MediumTile = Tile<4, 1, 1, 2, 2>;  // 64 rows, 16 units
 using SmallTile = Tile<2, 1, 1, 4, 1>;   // 32 rows, 16 units
+
+// In shared memory the eight vectors of 128 bytes of a row change places, by another rule in each of eight
+// rows: so eight rows have the same vector in all banks, not in the same ones. Where vector `v` is then:
+LSTMFUSED_DEVICE int swizzled(int row, int v) { return v ^ row % 8; }
 
 // The factors of one product as a thread copies them: vector `threadIdx.x % kVectors` of a stretch of K, of
 // every kRowStep-th row from `threadIdx.x / kVectors` on.
@@ -81,15 +85,16 @@ LSTMFUSED_DEVICE void load_stage(unsigned char* stage, const Factors<T>& from, i
                                  int units) {
   constexpr int kStep = Tile::kRowStep;
   static_assert(Tile::kRows % kStep == 0 && Tile::kUnits % kStep == 0);
-  unsigned char* to =
-      stage + threadIdx.x / Tile::kVectors * Tile::kPitch + threadIdx.x % Tile::kVectors * 16;
+  static_assert(kStep % 8 == 0);  // and the rule is one for all rows of a thread
+  const int first = threadIdx.x / Tile::kVectors;
+  unsigned char* to = stage + first * Tile::kBytes + swizzled(first, threadIdx.x % Tile::kVectors) * 16;
 #pragma unroll
-  for (int r = 0; r < Tile::kRows; r += kStep, to += kStep * Tile::kPitch)
+  for (int r = 0; r < Tile::kRows; r += kStep, to += kStep * Tile::kBytes)
     copy_vector<kVectors>(to, from.left + r / kStep * from.left_step + k, from.K - k, r < rows);
 #pragma unroll
   for (int gate = 0; gate < 4; gate++)
 #pragma unroll
-    for (int u = 0; u < Tile::kUnits; u += kStep, to += kStep * Tile::kPitch)
+    for (int u = 0; u < Tile::kUnits; u += kStep, to += kStep * Tile::kBytes)
       copy_vector<kVectors>(to, from.weight + gate * from.gate_step + u / kStep * from.unit_step + k,
                             from.K - k, u < units);
 }
@@ -111,23 +116,23 @@ LSTMFUSED_DEVICE void multiply_stage(WarpSums<Tile>& sums, const unsigned char* 
                                      int unit_warp, int part) {
   const int lane = threadIdx.x % kWarp;
   const unsigned char* left =
-      stage + (row_warp * Tile::kRowTiles * 16 + lane % 16) * Tile::kPitch + lane / 16 * 16 + part * 128;
-  const unsigned char* right = stage +
-                               (Tile::kRows + unit_warp * 16 + lane / 16 * 8 + lane % 8) * Tile::kPitch +
-                               lane / 8 % 2 * 16 + part * 128;
+      stage + (row_warp * Tile::kRowTiles * 16 + lane % 16) * Tile::kBytes + part * 128;
+  const unsigned char* right =
+      stage + (Tile::kRows + unit_warp * 16 + lane / 16 * 8 + lane % 8) * Tile::kBytes + part * 128;
+  const int left_vector = swizzled(lane, lane / 16) * 16, right_vector = swizzled(lane, lane / 8 % 2) * 16;
 #pragma unroll
   for (int byte = 0; byte < 128; byte += 32) {
     uint32_t a[Tile::kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; m++) {
-      load_matrices(a[m], left + m * 16 * Tile::kPitch + byte);
+      load_matrices(a[m], left + m * 16 * Tile::kBytes + (left_vector ^ byte));
 #pragma unroll
       for (int i = 0; i < 4; i++) round_factor(a[m][i], T{});
     }
 #pragma unroll
     for (int gate = 0; gate < 4; gate++) {
       uint32_t b[4];  // of 16 units
-      load_matrices(b, right + gate * Tile::kUnits * Tile::kPitch + byte);
+      load_matrices(b, right + gate * Tile::kUnits * Tile::kBytes + (right_vector ^ byte));
 #pragma unroll
       for (int i = 0; i < 4; i++) round_factor(b[i], T{});
 #pragma unroll
@@ -162,7 +167,8 @@ LSTMFUSED_DEVICE void add_parts(WarpSums<Tile>& sums, int part) {
 
 // Grid (blocks of rows, blocks of units).
 template <class T, class Tile, bool kVectors>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) tensor_cores(const Forward<T, T> p) {
+__global__ void __launch_bounds__(Tile::kThreads, kVectors ? Tile::kBlocks : 1)
+    tensor_cores(const Forward<T, T> p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   __trap();  // has_tensor_cores() is false there
 #else
@@ -222,23 +228,30 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) tensor_cores(co
 template <class T>
 const char* forward_tensor_cores(const Forward<T, T>& p, const Device& device) {
   static_assert(sizeof(T) <= sizeof(float));
-  const auto run = [&](auto tile, auto vectors) {
+  const auto run = [&](auto tile, auto vectors) -> const char* {
     using Tile = decltype(tile);
+    constexpr auto kernel = tensor_cores<T, Tile, decltype(vectors)::value>;
+    if (const char* error = allow_shared_memory<kernel>(Tile::kShared, device.index)) return error;
     const dim3 grid(unsigned(ceil_div(p.B, Tile::kRows)), unsigned(ceil_div(p.H, Tile::kUnits)));
-    return launch(tensor_cores<T, Tile, decltype(vectors)::value>, grid, dim3(Tile::kThreads),
-                  Tile::kShared, device.stream, p);
+    return launch(kernel, grid, dim3(Tile::kThreads), Tile::kShared, device.stream, p);
   };
   if (!(in_vectors(p.input, p.input_stride, p.I) && in_vectors(p.hx, p.hx_stride, p.H) &&
         in_vectors(p.weight_ih, p.I, p.I) && in_vectors(p.weight_hh, p.H, p.H)))
     return run(MediumTile{}, Number<false>{});
-  // The largest blocks of which there are enough for every multiprocessor.
-  const auto enough = [&](auto tile) {
+  // Blocks fetch their factors from the second-level cache: those of the least load on any multiprocessor,
+  // and of equal ones the largest.
+  constexpr int64_t kNone = int64_t(1) << 62;
+  const auto load = [&](auto tile) {
     using Tile = decltype(tile);
-    return ceil_div(p.B, Tile::kRows) * ceil_div(p.H, Tile::kUnits) >= device.multiprocessors;
+    const int64_t blocks = ceil_div(p.B, Tile::kRows) * ceil_div(p.H, Tile::kUnits);
+    const bool fits = Tile::kShared <= device.shared_memory;
+    return fits ? ceil_div(blocks, device.multiprocessors) * (Tile::kRows + 4 * Tile::kUnits) : kNone;
   };
-  if (enough(LargeTile{})) return run(LargeTile{}, Number<true>{});
-  if (enough(MediumTile{})) return run(MediumTile{}, Number<true>{});
-  return run(SmallTile{}, Number<true>{});
+  const int64_t huge = load(HugeTile{}), large = load(LargeTile{}), medium = load(MediumTile{}),
+                small = load(SmallTile{});
+  if (huge <= large && huge <= medium && huge <= small) return run(HugeTile{}, Number<true>{});
+  if (large <= medium && large <= small) return run(LargeTile{}, Number<true>{});
+  return medium <= small ? run(MediumTile{}, Number<true>{}) : run(SmallTile{}, Number<true>{});
 }
 
 }  // namespace cuda
