@@ -19,7 +19,7 @@ test: $(VENV)/built
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
 # qemu; CUDA's on an emulator, and their machine code where nvcc is.
 kernels: $(VENV)/built
-	$(PY) -m pytest -q -m kernels
+	$(PY) -m pytest -q -m kernels -n auto
 
 lint: $(VENV)/built
 	$(PY) -m ruff check .

@@ -18,6 +18,7 @@ from cases import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal import composite_compliance
 
 import lstmfused
 
@@ -59,6 +60,33 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
             for grads in (given[:2], [None, given[1]], [given[0], None]):
                 arguments = (*grads, *given[2:], mask)
                 torch.library.opcheck(ops.lstm_cell_backward.default, arguments)
+
+
+def test_composite_compliance() -> None:
+    """Any argument may be a tensor subclass that sees every operator inside, backward and in
+    forward mode, too: torch's own check, over all subsets of arguments."""
+    equal = torch.testing.assert_close
+    for form in (*FORMS, {"state": False}):
+        arguments = tuple(random_arguments(3, I, H, torch.float64, **form))
+        composite_compliance.check_all_permutations(ops.lstm_cell.default, arguments, {}, equal)
+    for form in ({"bias": (False, False)}, {"state": False, "bias": (True, False)}):
+        for check in (
+            composite_compliance.check_backward_formula,
+            composite_compliance.check_forward_ad_formula,
+        ):
+            trainable = tuple(random_arguments(3, I, H, torch.float64, **form).trainable())
+            check(ops.lstm_cell.default, trainable, {}, assert_equal_fn=equal)
+
+
+def test_composite_compliance_of_inner_operators() -> None:
+    equal = torch.testing.assert_close
+    forward = (*random_arguments(3, I, H, torch.float64), True)
+    backward = (*backward_arguments(3, torch.float64), [True] * 7)
+    for op, arguments in (
+        (ops.lstm_cell_forward.default, forward),
+        (ops.lstm_cell_backward.default, backward),
+    ):
+        composite_compliance.check_all_permutations(op, arguments, {}, equal)
 
 
 def describe(tensors: Any) -> list[tuple[Any, ...]]:
@@ -124,6 +152,22 @@ def test_compile(backend: str) -> None:
         expected = torch.autograd.grad(loss_of(module, x), parameters)
         for actual, want in zip(found, expected, strict=True):
             check_gradient("compiled", actual, want, B)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_two_compilations_serve_every_batch(train: bool) -> None:
+    """The first is for its own batch only: torch learns from the second that batches vary."""
+    counter = CompileCounterWithBackend("inductor")
+    module = lstmfused.LSTMCell(I, H)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(train):
+        for B in (1, 7, 64, 256):
+            x, hx = torch.randn(B, I), module.initial_state(B)
+            for actual, want in zip(compiled(x, hx), module(x, hx), strict=True):
+                assert torch.equal(actual, want)
+                assert actual.requires_grad == train
     assert counter.frame_count <= 2
 
 
