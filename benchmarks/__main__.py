@@ -19,7 +19,7 @@ from . import machine, report
 from .contestants import CONTESTANTS, contestants
 from .plot import plot
 from .roofline import roofline
-from .rows import against, overhead, row
+from .rows import against, double_backward, overhead, row
 from .shapes import BATCHES, DTYPES, MODES, QUICK_BATCHES, QUICK_SHAPES, SHAPES, Shape, grid
 from .verify import WrongResult
 
@@ -108,6 +108,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     roofs = {threads: roofline(threads) for threads in args.threads}
     result["overhead"] = [overhead(field, threads, args.seed) for threads in args.threads]
+    result["double_backward"] = [
+        found for threads in args.threads for found in double_backward(field, threads, args.seed)
+    ]
     rows = []
     cases = grid(args.threads, args.dtypes, args.shapes, args.batches, args.modes)
     with tqdm(cases, unit="row", smoothing=0) as progress:

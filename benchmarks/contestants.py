@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lstmfused
 
-from .shapes import Case
+from .shapes import DOUBLE_BACKWARD, Case
 from .verify import Forward, Problem
 
 
@@ -75,7 +75,8 @@ class Compile(Contestant):
         return None if shutil.which(compiler) else f"no C++ compiler {compiler}"
 
     def supports(self, case: Case) -> bool:
-        return self.everywhere or case.batch == case.shape.batch
+        own = self.everywhere or case.batch == case.shape.batch
+        return own and case.mode != DOUBLE_BACKWARD  # its graphs have no second derivative
 
     def forward(self, problem: Problem) -> Forward:
         torch.compiler.reset()  # past its recompile limit it would give up

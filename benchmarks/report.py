@@ -95,6 +95,17 @@ def overheads(result: Row) -> list[str]:
     return lines
 
 
+def double_backward(result: Row) -> list[str]:
+    """Where the run has it; older ones have not."""
+    lines = []
+    for row in result.get("double_backward", []):
+        times = (f"{NAMES.get(k, k)} {duration(median(row, k))}" for k in row["microseconds"])
+        lines.append(
+            f"{shape(row)} batch {row['batch']}, threads {row['threads']}: " + ", ".join(times)
+        )
+    return [f"Double backward, of a gradient penalty: {'; '.join(lines)}."] if lines else []
+
+
 def summary(result: Row) -> str:
     """Everything measured, for the terminal."""
     peers = [name for name in NAMES if any(name in r["microseconds"] for r in result["rows"])]
@@ -130,7 +141,7 @@ def summary(result: Row) -> str:
                 for size, value in roof["bandwidth"].items()
             )
             parts.append(f"Limits, threads {threads}: GFLOP/s {peak}; GB/s reading {reads}.")
-    return "\n\n".join(["", *parts, *overheads(result)])
+    return "\n\n".join(["", *parts, *overheads(result), *double_backward(result)])
 
 
 def markdown(result: Row) -> str:
@@ -155,7 +166,7 @@ def markdown(result: Row) -> str:
         parts += [f"**{title}**", table(header, lines)]
         header = ["lstmfused over", "geometric mean", "worst", "rows"]
         parts.append(table(header, means(rows)))
-    return "\n\n".join([*parts, *overheads(result)])
+    return "\n\n".join([*parts, *overheads(result), *double_backward(result)])
 
 
 def markers(name: str) -> tuple[str, str]:

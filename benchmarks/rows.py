@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .contestants import Contestant
 from .roofline import Roofline
-from .shapes import Case, Shape
+from .shapes import DOUBLE_BACKWARD, DOUBLE_SHAPES, SHAPES, Case, Shape
 from .timing import measure
 from .verify import Forward, Problem, WrongResult, verify
 
@@ -42,7 +42,7 @@ def steps(field: list[Contestant], problem: Problem) -> tuple[dict[str, Forward]
 def row(case: Case, field: list[Contestant], seconds: float, seed: int) -> dict[str, Any]:
     """Times in microseconds; `speedup` is lstmfused over each peer."""
     torch.set_num_threads(case.threads)
-    with torch.set_grad_enabled(case.mode == "training"):
+    with torch.set_grad_enabled(case.mode != "inference"):
         right, broken = steps(field, Problem(case, seed))
         timings = measure(right, seconds, seed)
     median = {name: timing.median for name, timing in timings.items()}
@@ -66,6 +66,13 @@ def against(roof: Roofline | None, case: Case, row: dict[str, Any]) -> dict[str,
     times = {name: timing["median"] for name, timing in row["microseconds"].items()}
     share = {name: limit / time for name, time in times.items()} if limit else {}
     return row | {"limit": limit, "share": share}
+
+
+def double_backward(field: list[Contestant], threads: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of some shapes, each at its own batch."""
+    shapes = [shape for shape in SHAPES if shape[:2] in DOUBLE_SHAPES]
+    cases = [Case(threads, "float32", s, s.batch, DOUBLE_BACKWARD) for s in shapes]
+    return [row(case, field, 1.5, seed) for case in cases]
 
 
 class Empty(torch.nn.Module):

@@ -37,6 +37,8 @@ SHAPES = (
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 97, 128, 256, 512, 1024, 4096)
 COLUMNS = (1, 8, 64, 512, 4096)  # of the README's tables, and of the default run
 MODES = ("inference", "training")  # forward under no_grad; forward and backward
+DOUBLE_BACKWARD = "double backward"  # gradients of a penalty on gradients: only for shapes below
+DOUBLE_SHAPES = ((128, 128), (512, 128), (256, 256))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 QUICK_SHAPES = tuple(s for s in SHAPES if s[:2] in {(16, 16), (128, 128), (512, 128), (512, 512)})
@@ -59,7 +61,7 @@ class Case(NamedTuple):
     def flops(self) -> int:
         """The gates' products, (B,I)x(I,4H) and (B,H)x(H,4H); backward takes twice as many."""
         forward = 2 * self.batch * (self.shape.input + self.shape.units) * 4 * self.shape.units
-        return forward * (3 if self.mode == "training" else 1)
+        return forward * (1 if self.mode == "inference" else 3)
 
     @property
     def bytes(self) -> int:
@@ -68,7 +70,7 @@ class Case(NamedTuple):
         weights = 4 * units * (inputs + units + 2)
         states = self.batch * (inputs + 4 * units)
         size = {"float64": 8, "float32": 4}.get(self.dtype, 2)
-        return size * (weights + states) * (2 if self.mode == "training" else 1)
+        return size * (weights + states) * (1 if self.mode == "inference" else 2)
 
 
 def grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 
@@ -69,7 +70,9 @@ class Problem:
         return {"input": self.input, "hx": self.hx, "cx": self.cx, **self.parameters}
 
     def step(self, forward: Forward) -> Forward:
-        """What is timed: in training, forward and backward into the `.grad` of all leaves."""
+        """What is timed: in training, forward and backward into the `.grad` of all leaves; in
+        double backward these are the gradients of half the sum of squares of the first ones, as a
+        gradient penalty asks for them."""
         if self.case.mode == "inference":
             return forward
         leaves = tuple(self.leaves.values())
@@ -78,24 +81,28 @@ class Problem:
             for leaf in leaves:
                 leaf.grad = None
             outputs = forward()
-            torch.autograd.backward(outputs, self.grad_outputs)
+            if self.case.mode == "training":
+                torch.autograd.backward(outputs, self.grad_outputs)
+            else:
+                first = torch.autograd.grad(outputs, leaves, self.grad_outputs, create_graph=True)
+                torch.autograd.backward(first, [gradient.detach() for gradient in first])
             return outputs
 
         return train
 
     @cached_property
     def expected(self) -> dict[str, Tensor]:
-        """h', c' and, in training, the gradients, in float64."""
-        training = self.case.mode == "training"
-        leaves = {k: v.detach().double().requires_grad_(training) for k, v in self.leaves.items()}
+        """h', c' and, but for inference, what a step leaves in `.grad`, in float64."""
+        wide = copy.copy(self)
+        wide.__dict__["leaves"] = leaves = {
+            name: leaf.detach().double().requires_grad_(self.case.mode != "inference")
+            for name, leaf in self.leaves.items()
+        }
+        wide.grad_outputs = self.grad_outputs[0].double(), self.grad_outputs[1].double()
         input, hx, cx, *weights = leaves.values()
-        h, c = reference.lstm_cell(input, (hx, cx), *weights)
-        if not training:
-            return {"h": h, "c": c}
-        grad_outputs = [grad.double() for grad in self.grad_outputs]
-        gradients = torch.autograd.grad((h, c), tuple(leaves.values()), grad_outputs)
-        named = {f"grad {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
-        return {"h": h.detach(), "c": c.detach(), **named}
+        h, c = wide.step(lambda: reference.lstm_cell(input, (hx, cx), *weights))()
+        gradients = {f"grad {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
+        return {"h": h.detach(), "c": c.detach(), **gradients}
 
 
 def verify(name: str, problem: Problem, step: Forward) -> None:

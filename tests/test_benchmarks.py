@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,15 @@ pytest.importorskip("tqdm")
 from benchmarks import report  # noqa: E402
 from benchmarks.contestants import Contestant, Fused, OnnxRuntime, Torch  # noqa: E402
 from benchmarks.roofline import SIZES, Roofline  # noqa: E402
-from benchmarks.shapes import MODES, SHAPES, Case, Shape, grid  # noqa: E402
+from benchmarks.shapes import (  # noqa: E402
+    DOUBLE_BACKWARD,
+    DOUBLE_SHAPES,
+    MODES,
+    SHAPES,
+    Case,
+    Shape,
+    grid,
+)
 from benchmarks.verify import Problem, WrongResult, verify  # noqa: E402
 
 
@@ -54,17 +63,20 @@ def test_run(result: Path) -> None:
         ratio = times["torch"]["median"] / times["lstmfused"]["median"]
         assert row["speedup"] == {"torch": pytest.approx(ratio)}
     assert found["build_info"] and found["versions"]["torch"] == torch.__version__
+    for row in found["double_backward"]:
+        assert set(row["microseconds"]) == {"lstmfused", "torch"}
+    assert len(found["double_backward"]) == len(DOUBLE_SHAPES)
     assert {"empty nn.Module", "lstmfused"} <= set(found["overhead"][0]["microseconds"])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, DOUBLE_BACKWARD])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("contestant", [Fused(), Torch(), OnnxRuntime()], ids=lambda c: c.name)
 def test_contestants_are_right(contestant: Contestant, dtype: str, mode: str) -> None:
     problem = Problem(case(mode, dtype))
     if contestant.missing() or not contestant.supports(problem.case):
         pytest.skip(contestant.missing() or f"{contestant.name} has no {dtype} {mode}")
-    with torch.set_grad_enabled(mode == "training"):
+    with torch.set_grad_enabled(mode != "inference"):
         verify(contestant.name, problem, problem.step(contestant.forward(problem)))
 
 
@@ -150,3 +162,14 @@ def test_report(result: Path, tmp_path: Path) -> None:
 def test_report_needs_markers() -> None:
     with pytest.raises(SystemExit, match="benchmark:begin"):
         report.insert("a README without them", "text")
+
+
+def test_calls_against_another_checkout(tmp_path: Path) -> None:
+    done = python("benchmarks.calls", "--against", ".", "--rounds", 2)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(ratio) for ratio in re.findall(r"µs there, (\S+) of it", done.stdout)]
+    assert len(ratios) == 2
+    assert all(0.3 < ratio < 3 for ratio in ratios)  # the same checkout on both sides
+    done = python("benchmarks.calls", "--against", tmp_path, "--rounds", 1)
+    assert done.returncode != 0
+    assert str(tmp_path) in done.stderr
