@@ -5,13 +5,22 @@
 namespace lstmfused {
 namespace {
 
+// Sizes as numbers, which are cheap to compare, or as symbols, which the compiler's tensors may have.
+struct Numbers {
+  static int64_t size(const Tensor& tensor, int64_t dim) { return tensor.sizes()[dim]; }
+};
+struct Symbols {
+  static c10::SymInt size(const Tensor& tensor, int64_t dim) { return tensor.sym_size(dim); }
+};
+
 void check_rank(const char* name, const Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 || tensor.dim() == 2, "LSTMCell: Expected ", name,
                     " to be 1D or 2D, got ", tensor.dim(), "D instead");
 }
 
-void check_shape(const char* name, const Tensor& tensor, c10::SymInt rows, c10::SymInt columns) {
-  TORCH_CHECK(tensor.dim() == 2 && tensor.sym_size(0) == rows && tensor.sym_size(1) == columns,
+template <class Sizes, class Size>
+void check_shape(const char* name, const Tensor& tensor, const Size& rows, const Size& columns) {
+  TORCH_CHECK(tensor.dim() == 2 && Sizes::size(tensor, 0) == rows && Sizes::size(tensor, 1) == columns,
               "lstm_cell: expected ", name, " of shape [", rows, ", ", columns, "], got ",
               tensor.sym_sizes());
 }
@@ -26,13 +35,49 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& input) {
               " to have the dtype of input, ", input.scalar_type(), ", but got ", tensor.scalar_type());
 }
 
-void check_state(int index, const Tensor& state, const Tensor& input, const c10::SymInt& units) {
-  TORCH_CHECK(input.sym_size(0) == state.sym_size(0), "Input batch size ", input.sym_size(0),
+template <class Sizes, class Size>
+void check_state(int index, const Tensor& state, const Tensor& input, const Size& units) {
+  TORCH_CHECK(Sizes::size(input, 0) == Sizes::size(state, 0), "Input batch size ", input.sym_size(0),
               " doesn't match hidden", index, " batch size ", state.sym_size(0), "\nhx[", index,
               "] has shape ", state.sym_sizes(), ", expected (batch, units) = [", input.sym_size(0), ", ",
               units, "]: the batch follows the input, the units follow the weights");
-  TORCH_CHECK(state.sym_size(1) == units, "hidden", index, " has inconsistent hidden_size: got ",
+  TORCH_CHECK(Sizes::size(state, 1) == units, "hidden", index, " has inconsistent hidden_size: got ",
               state.sym_size(1), ", expected ", units);
+}
+
+template <class Sizes>
+void check_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  TORCH_CHECK(input.dim() == 2 && hx.dim() == 2 && cx.dim() == 2,
+              "lstm_cell: expected input, hx and cx of shape [batch, ...], got ", input.sym_sizes(), ", ",
+              hx.sym_sizes(), " and ", cx.sym_sizes());
+  TORCH_CHECK(weight_hh.dim() == 2, "lstm_cell: expected weight_hh of shape [4 * units, units], got ",
+              weight_hh.sym_sizes());
+  const auto units = Sizes::size(weight_hh, 1);
+  if (weight_ih.dim() == 2)
+    TORCH_CHECK(Sizes::size(input, 1) == Sizes::size(weight_ih, 1),
+                "input has inconsistent input_size: got ", input.sym_size(1), " expected ",
+                weight_ih.sym_size(1));
+  check_state<Sizes>(0, hx, input, units);
+  check_state<Sizes>(1, cx, input, units);
+  check_shape<Sizes>("weight_ih", weight_ih, units * 4, Sizes::size(input, 1));
+  check_shape<Sizes>("weight_hh", weight_hh, units * 4, units);
+
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() > 1,
+                              "\"lstm_cell\" not implemented for '", input.scalar_type(), "'");
+  check_like("input", input, input);
+  check_like("hx[0]", hx, input);
+  check_like("hx[1]", cx, input);
+  check_like("weight_ih", weight_ih, input);
+  check_like("weight_hh", weight_hh, input);
+  const auto check_bias = [&](const char* name, const OptionalTensor& bias) {
+    if (!bias || !bias->defined()) return;
+    TORCH_CHECK(bias->dim() == 1 && Sizes::size(*bias, 0) == units * 4, "lstm_cell: expected ", name,
+                " of shape [", units * 4, "], got ", bias->sym_sizes());
+    check_like(name, *bias, input);
+  };
+  check_bias("bias_ih", bias_ih);
+  check_bias("bias_hh", bias_hh);
 }
 
 }  // namespace
@@ -51,45 +96,24 @@ void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTe
 
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  TORCH_CHECK(input.dim() == 2 && hx.dim() == 2 && cx.dim() == 2,
-              "lstm_cell: expected input, hx and cx of shape [batch, ...], got ", input.sym_sizes(), ", ",
-              hx.sym_sizes(), " and ", cx.sym_sizes());
-  TORCH_CHECK(weight_hh.dim() == 2, "lstm_cell: expected weight_hh of shape [4 * units, units], got ",
-              weight_hh.sym_sizes());
-  const c10::SymInt units = weight_hh.sym_size(1);
-  if (weight_ih.dim() == 2)
-    TORCH_CHECK(input.sym_size(1) == weight_ih.sym_size(1), "input has inconsistent input_size: got ",
-                input.sym_size(1), " expected ", weight_ih.sym_size(1));
-  check_state(0, hx, input, units);
-  check_state(1, cx, input, units);
-  check_shape("weight_ih", weight_ih, units * 4, input.sym_size(1));
-  check_shape("weight_hh", weight_hh, units * 4, units);
-
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() > 1,
-                              "\"lstm_cell\" not implemented for '", input.scalar_type(), "'");
-  check_like("input", input, input);
-  check_like("hx[0]", hx, input);
-  check_like("hx[1]", cx, input);
-  check_like("weight_ih", weight_ih, input);
-  check_like("weight_hh", weight_hh, input);
-  const auto check_bias = [&](const char* name, const OptionalTensor& bias) {
-    if (!bias || !bias->defined()) return;
-    TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == units * 4, "lstm_cell: expected ", name,
-                " of shape [", units * 4, "], got ", bias->sym_sizes());
-    check_like(name, *bias, input);
+  const auto symbolic = [](const Tensor& t) {
+    return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   };
-  check_bias("bias_ih", bias_ih);
-  check_bias("bias_hh", bias_hh);
+  const bool any = symbolic(input) || symbolic(hx) || symbolic(cx) || symbolic(weight_ih) ||
+                   symbolic(weight_hh) || (bias_ih && symbolic(*bias_ih)) ||
+                   (bias_hh && symbolic(*bias_hh));
+  const auto check = any ? check_sizes<Symbols> : check_sizes<Numbers>;
+  check(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
 void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
                     const Tensor& cx) {
   const c10::SymInt batch = cx.sym_size(0), units = cx.sym_size(1);
-  check_shape("gates", gates, batch, units * 4);
+  check_shape<Symbols>("gates", gates, batch, units * 4);
   check_like("gates", gates, cx);
   const auto check_grad = [&](const char* name, const OptionalTensor& grad) {
     if (!grad || !grad->defined()) return;
-    check_shape(name, *grad, batch, units);
+    check_shape<Symbols>(name, *grad, batch, units);
     check_like(name, *grad, cx);
   };
   check_grad("grad_h", grad_h);

@@ -91,7 +91,8 @@ StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_
   const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
   // The left factors of the products are small: half types are widened once, here.
   const at::ScalarType sums = at::toOpMathType(input_.scalar_type());
-  const Tensor input = rows(input_.to(sums)), hx = rows(hx_.to(sums)), cx = rows(cx_);
+  const auto widened = [sums](const Tensor& t) { return t.scalar_type() == sums ? t : t.to(sums); };
+  const Tensor input = rows(widened(input_)), hx = rows(widened(hx_)), cx = rows(cx_);
   const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
   const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
 
