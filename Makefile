@@ -3,7 +3,7 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
 # What the README shows.
-RESULT ?= benchmarks/results/amd-epyc-20261124.json
+RESULT ?= benchmarks/results/amd-epyc-20261125.json
 
 PY      := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
