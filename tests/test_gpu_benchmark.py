@@ -56,6 +56,12 @@ class Time:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def flags_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own test utilities, which other tests import, forbid that to the whole process."""
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+
+
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
     data = {"machine": MACHINE, "stages": {}, "ceilings": {}, "rows": [], "failed": []}

@@ -1,4 +1,5 @@
-// Few rows: a step as dot products, in one launch. Weights are read as they lie, once for up to kRows rows.
+// Few rows: a step as dot products, in one launch. Weights are read as they lie, once for up to
+// eight rows.
 //
 // Each unit has one warp, or more where units are few: lanes run along K, the four gates of some rows are
 // summed at once, and what the lanes have is added up in an order that depends on neither batch nor row.
@@ -105,7 +106,7 @@ __global__ void few_rows(const Forward<T, T> p) {
     const A* part = shared + (w * R + r) * 4;
     total = {total.i + part[0], total.f + part[1], total.g + part[2], total.o + part[3]};
   }
-  finish_state(p, row + r, unit, total);
+  finish_state(p, row + r, unit, total, sum_bias(p, unit));
 }
 
 template <class T>

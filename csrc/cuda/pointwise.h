@@ -15,7 +15,7 @@ __global__ void finish_states(const Forward<T, T> p, const T* sums) {
   if (i >= p.B * p.H) return;
   const int64_t row = i / p.H, unit = i % p.H;
   const T* sum = sums + row * 4 * p.H + unit;
-  finish_state(p, row, unit, Gates<T>{sum[0], sum[p.H], sum[2 * p.H], sum[3 * p.H]});
+  finish_state(p, row, unit, Gates<T>{sum[0], sum[p.H], sum[2 * p.H], sum[3 * p.H]}, sum_bias(p, unit));
 }
 
 template <class T>

@@ -19,26 +19,23 @@ struct ScalarMath {
   LSTMFUSED_DEVICE A tanh(A x) { return ::tanh(x); }
 };
 
-// Both biases of a gate.
+// Both biases of a unit's gates, summed.
 template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE A sum_bias(const Forward<T, T>& p, int64_t row) {
-  A sum = 0;
-  if (p.bias_ih) sum += widen(p.bias_ih[row]);
-  if (p.bias_hh) sum += widen(p.bias_hh[row]);
-  return sum;
+LSTMFUSED_DEVICE Gates<A> sum_bias(const Forward<T, T>& p, int64_t unit) {
+  const auto sum = [&](int gate) {
+    const int64_t row = gate * p.H + unit;
+    return (p.bias_ih ? A(widen(p.bias_ih[row])) : A(0)) + (p.bias_hh ? A(widen(p.bias_hh[row])) : A(0));
+  };
+  return {sum(0), sum(1), sum(2), sum(3)};
 }
 
 // From the sums of the products: c', h' and the gates of one state.
 template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE void finish_state(const Forward<T, T>& p, int64_t row, int64_t unit,
-                                   const Gates<A>& sums) {
+LSTMFUSED_DEVICE void finish_state(const Forward<T, T>& p, int64_t row, int64_t unit, const Gates<A>& sums,
+                                   const Gates<A>& bias) {
   using Math = ScalarMath<A>;
-  const Gates<A> gate = activate<Math>(Gates<A>{
-      sums.i + sum_bias(p, unit),
-      sums.f + sum_bias(p, p.H + unit),
-      sums.g + sum_bias(p, 2 * p.H + unit),
-      sums.o + sum_bias(p, 3 * p.H + unit),
-  });
+  const Gates<A> gate =
+      activate<Math>(Gates<A>{sums.i + bias.i, sums.f + bias.f, sums.g + bias.g, sums.o + bias.o});
   const A c = next_cell(gate, A(widen(p.cx[row * p.cx_stride + unit])));
   narrow(c, p.c[row * p.H + unit]);
   narrow(next_hidden<Math>(gate, c), p.h[row * p.H + unit]);

@@ -21,9 +21,9 @@ struct Tile {
   static constexpr int kBlocks = kBlocks_;        // on a multiprocessor, at least
   static constexpr int kRows = 16 * kRowTiles * kRowWarps, kUnits = 16 * kUnitWarps;
   static constexpr int kWarps = kRowWarps * kUnitWarps * kParts, kThreads = kWarp * kWarps;
-  static constexpr int kBytes = 128 * kParts;  // of a row, in a stretch of K
-  static constexpr int kVectors = kBytes / 16,
-                       kRowStep = kThreads / kVectors;  // of a stage, by its threads
+  static constexpr int kBytes = 128 * kParts;           // of a row, in a stretch of K
+  static constexpr int kVectors = kBytes / 16;          // of a row in a stretch; how many rows
+  static constexpr int kRowStep = kThreads / kVectors;  // the threads of a block copy at once
   static constexpr int kStages = 3;
   static constexpr int kStage = (kRows + 4 * kUnits) * kBytes;
   static constexpr int kShared = kStages * kStage;
@@ -210,18 +210,25 @@ __global__ void __launch_bounds__(Tile::kThreads, kVectors ? Tile::kBlocks : 1)
     if (part > 0) return;
   }
 
+  // Units first: their biases serve all rows.
 #pragma unroll
-  for (int m = 0; m < Tile::kRowTiles; m++)
+  for (int n = 0; n < 2; n++)
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int side = 0; side < 2; side++) {
+      const int64_t u = unit + unit_warp * 16 + n * 8 + lane % 4 * 2 + side;
+      if (u >= p.H) break;
+      const Gates<float> bias = sum_bias(p, u);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int64_t r = row + (row_warp * Tile::kRowTiles + m) * 16 + lane / 4 + i / 2 * 8;
-        const int64_t u = unit + unit_warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
-        const auto& s = sums.at[m];
-        if (r < p.B && u < p.H)
-          finish_state(p, r, u, Gates<float>{s[0][n][i], s[1][n][i], s[2][n][i], s[3][n][i]});
-      }
+      for (int m = 0; m < Tile::kRowTiles; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int64_t r = row + (row_warp * Tile::kRowTiles + m) * 16 + half * 8 + lane / 4;
+          const int i = half * 2 + side;
+          const auto& s = sums.at[m];
+          const Gates<float> total{s[0][n][i], s[1][n][i], s[2][n][i], s[3][n][i]};
+          if (r < p.B) finish_state(p, r, u, total, bias);
+        }
+    }
 #endif
 }
 
