@@ -1,7 +1,9 @@
-// Tensor -> pointer, for every device's operators.
+// Tensors -> the structs of lstm.h, for the operators of every device: checked, with contiguous rows.
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "checks.h"
+#include "lstm.h"
 #include "ops.h"
 
 namespace lstmfused {
@@ -29,17 +31,109 @@ T* out(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-// The gradients that are wanted, uninitialized; the others have no element. A batch of nothing still has
-// weight gradients.
-template <class Make>
-Gradients make_gradients(int64_t B, int64_t I, int64_t H, const std::array<bool, 7>& wanted,
-                         const Make& make) {
-  const auto gradient = [&](int index, at::IntArrayRef shape) {
-    const Tensor tensor = make(wanted[index] ? shape : at::IntArrayRef{0});
-    return B ? tensor : tensor.zero_();
-  };
-  return {gradient(0, {B, I}),     gradient(1, {B, H}),  gradient(2, {B, H}), gradient(3, {4 * H, I}),
-          gradient(4, {4 * H, H}), gradient(5, {4 * H}), gradient(6, {4 * H})};
+struct ForwardTensors {
+  int64_t B, I, H;
+  Tensor input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
+
+  template <class T, class X>
+  Forward<T, X> with(const Tensor& h, const Tensor& c, const Tensor& gates) const {
+    return {B,
+            I,
+            H,
+            in<X>(input),
+            input.stride(0),
+            in<X>(hx),
+            hx.stride(0),
+            in<T>(cx),
+            cx.stride(0),
+            in<T>(weight_ih),
+            in<T>(weight_hh),
+            in<T>(bias_ih),
+            in<T>(bias_hh),
+            out<T>(h),
+            out<T>(c),
+            out<T>(gates)};
+  }
+};
+
+// `left` is the dtype that the kernels want of the left factors, which are small.
+inline ForwardTensors forward_tensors(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                      const Tensor& weight_ih, const Tensor& weight_hh,
+                                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                      at::ScalarType left) {
+  check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  const auto factor = [left](const Tensor& t) { return rows(t.scalar_type() == left ? t : t.to(left)); };
+  return {input.size(0),
+          input.size(1),
+          hx.size(1),
+          factor(input),
+          factor(hx),
+          rows(cx),
+          weight_ih.contiguous(),
+          weight_hh.contiguous(),
+          contiguous(bias_ih),
+          contiguous(bias_hh)};
+}
+
+struct BackwardTensors {
+  int64_t B, I, H;
+  Tensor grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh;
+
+  // The gradients that are wanted, uninitialized, by make(shape); the others have no element. A batch of
+  // nothing still has weight gradients.
+  template <class Make>
+  Gradients gradients(const std::array<bool, 7>& wanted, const Make& make) const {
+    const auto gradient = [&](int index, at::IntArrayRef shape) {
+      const Tensor tensor = make(wanted[index] ? shape : at::IntArrayRef{0});
+      return B ? tensor : tensor.zero_();
+    };
+    return {gradient(0, {B, I}),     gradient(1, {B, H}),  gradient(2, {B, H}), gradient(3, {4 * H, I}),
+            gradient(4, {4 * H, H}), gradient(5, {4 * H}), gradient(6, {4 * H})};
+  }
+
+  // grad_gates is scratch: rows of the batch by what lies between them.
+  template <class T, class X>
+  Backward<T, X> with(const Tensor& grad_gates, const Gradients& gradients) const {
+    const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
+        gradients;
+    return {B,
+            I,
+            H,
+            in<T>(grad_h),
+            row_stride(grad_h),
+            in<T>(grad_c),
+            row_stride(grad_c),
+            in<T>(gates),
+            in<T>(input),
+            input.stride(0),
+            in<T>(hx),
+            hx.stride(0),
+            in<T>(cx),
+            cx.stride(0),
+            in<T>(weight_ih),
+            in<T>(weight_hh),
+            grad_gates.size(0),
+            out<X>(grad_gates),
+            grad_gates.size(1),
+            out<T>(grad_input),
+            out<T>(grad_hx),
+            out<T>(grad_cx),
+            out<T>(grad_weight_ih),
+            out<T>(grad_weight_hh),
+            out<T>(grad_bias_ih),
+            out<T>(grad_bias_hh)};
+  }
+};
+
+inline BackwardTensors backward_tensors(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                        const Tensor& gates, const Tensor& input, const Tensor& hx,
+                                        const Tensor& cx, const Tensor& weight_ih,
+                                        const Tensor& weight_hh) {
+  check_step(input, hx, cx, weight_ih, weight_hh, {}, {});
+  check_backward(grad_h, grad_c, gates, cx);
+  return {input.size(0),         input.size(1), hx.size(1), rows(grad_h), rows(grad_c),
+          gates.contiguous(),    rows(input),   rows(hx),   rows(cx),     weight_ih.contiguous(),
+          weight_hh.contiguous()};
 }
 
 }  // namespace lstmfused

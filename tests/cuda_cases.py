@@ -219,14 +219,3 @@ EVERY_LAYOUT: dict[str, Callable[[Tensor], Tensor]] = {
     "wider by 8": wider(8),
     "a step of many": a_step_of_many,
 }
-
-
-def activated_gates(arguments: Arguments) -> Tensor:
-    """(B, 4H) in order i, f, g, o"""
-    x, h, _, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-    assert h is not None
-    gates = x @ weight_ih.mT + h @ weight_hh.mT
-    for bias in (bias_ih, bias_hh):
-        gates = gates if bias is None else gates + bias
-    i, f, g, o = gates.chunk(4, 1)
-    return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)

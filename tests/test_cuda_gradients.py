@@ -13,6 +13,7 @@ import torch
 from cases import (
     Arguments,
     Cell,
+    activated_gates,
     assert_close,
     cell,
     gradients,
@@ -25,7 +26,6 @@ from cuda_cases import (
     FORMS,
     PATHS,
     SIZES,
-    activated_gates,
     already,
     check_forward,
     check_gradients,

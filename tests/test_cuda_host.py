@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    activated_gates,
     cell,
     random_arguments,
 )
-from cuda_cases import ALL, FORMS, activated_gates, every_dtype, incoming, ops
+from cuda_cases import ALL, FORMS, every_dtype, incoming, ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -15,6 +15,7 @@ from cases import (
     DTYPES,
     Arguments,
     Cell,
+    activated_gates,
     assert_close,
     cell,
     oracle,
@@ -23,7 +24,6 @@ from cases import (
 from cuda_cases import (
     ALL,
     PATHS,
-    activated_gates,
     already,
     check_forward,
     check_gradients,

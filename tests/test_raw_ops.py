@@ -8,6 +8,7 @@ import torch
 from cases import (
     DTYPES,
     Arguments,
+    activated_gates,
     check_gradient,
     check_output,
     gradients,
@@ -34,17 +35,6 @@ WRONG = {
     "bias_ih": [(4 * H - 1,), (1,), (1, 4 * H), ()],
     "bias_hh": [(4 * H + 1,), (H,), (4 * H, 1), (0,)],
 }
-
-
-def activated_gates(arguments: Arguments) -> Tensor:
-    """(B, 4H) in order i, f, g, o"""
-    x, h, _, weight_ih, weight_hh, bias_ih, bias_hh = arguments
-    assert h is not None
-    gates = x @ weight_ih.mT + h @ weight_hh.mT
-    for bias in (bias_ih, bias_hh):
-        gates = gates if bias is None else gates + bias
-    i, f, g, o = gates.chunk(4, 1)
-    return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
 
 
 def backward_arguments(arguments: Arguments, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../checks.h"
 #include "../ops.h"
 #include "../tensors.h"
 #include "variant.h"
@@ -84,82 +83,39 @@ auto with_kernels(at::ScalarType dtype, F&& f) {
 // at::empty without its trip through the dispatcher, which small calls would feel.
 Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::detail::empty_cpu(shape, dtype); }
 
-StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
-                      const Tensor& weight_hh_, const OptionalTensor& bias_ih_,
-                      const OptionalTensor& bias_hh_, bool save_gates) {
-  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, bias_ih_, bias_hh_);
-  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
-  // The left factors of the products are small: half types are widened once, here.
-  const at::ScalarType sums = at::toOpMathType(input_.scalar_type());
-  const auto widened = [sums](const Tensor& t) { return t.scalar_type() == sums ? t : t.to(sums); };
-  const Tensor input = rows(widened(input_)), hx = rows(widened(hx_)), cx = rows(cx_);
-  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
-  const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
-
-  const at::ScalarType dtype = input_.scalar_type();
+StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                      bool save_gates) {
+  const at::ScalarType dtype = input.scalar_type();
+  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                                               /*left=*/at::toOpMathType(dtype));
+  const int64_t B = given.B, H = given.H;
   const Tensor h = empty({B, H}, dtype), c = empty({B, H}, dtype);
   const Tensor gates = empty({save_gates ? B : 0, 4 * H}, dtype);
   if (h.numel())
     with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
-      using A = Accumulate<T>;
-      kernels.forward({B, I, H, in<A>(input), input.stride(0), in<A>(hx), hx.stride(0), in<T>(cx),
-                       cx.stride(0), in<T>(weight_ih), in<T>(weight_hh), in<T>(bias_ih), in<T>(bias_hh),
-                       out<T>(h), out<T>(c), out<T>(gates)},
-                      pool());
+      kernels.forward(given.with<T, Accumulate<T>>(h, c, gates), pool());
     });
   return {h, c, gates};
 }
 
-Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_, const Tensor& gates_,
-                   const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
-                   const Tensor& weight_hh_, std::array<bool, 7> output_mask) {
-  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, {}, {});
-  check_backward(grad_h_, grad_c_, gates_, cx_);
-  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
-  const Tensor grad_h = rows(grad_h_), grad_c = rows(grad_c_);
-  const Tensor gates = gates_.contiguous(), input = rows(input_), hx = rows(hx_), cx = rows(cx_);
-  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
-
-  const at::ScalarType dtype = input_.scalar_type(), sums = at::toOpMathType(dtype);
+Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
+                   const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                   const Tensor& weight_hh, std::array<bool, 7> output_mask) {
+  const BackwardTensors given =
+      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
+  const at::ScalarType dtype = input.scalar_type();
   const Gradients gradients =
-      make_gradients(B, I, H, output_mask, [&](at::IntArrayRef shape) { return empty(shape, dtype); });
-  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
-      gradients;
+      given.gradients(output_mask, [&](at::IntArrayRef shape) { return empty(shape, dtype); });
   if (!cx.numel()) return gradients;
 
   with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
-    using A = Accumulate<T>;
-    const int64_t stretch = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
-    const Tensor grad_gates = empty({stretch, stride}, sums);
-    kernels.backward({B,
-                      I,
-                      H,
-                      in<T>(grad_h),
-                      row_stride(grad_h),
-                      in<T>(grad_c),
-                      row_stride(grad_c),
-                      in<T>(gates),
-                      in<T>(input),
-                      input.stride(0),
-                      in<T>(hx),
-                      hx.stride(0),
-                      in<T>(cx),
-                      cx.stride(0),
-                      in<T>(weight_ih),
-                      in<T>(weight_hh),
-                      stretch,
-                      out<A>(grad_gates),
-                      stride,
-                      out<T>(grad_input),
-                      out<T>(grad_hx),
-                      out<T>(grad_cx),
-                      out<T>(grad_weight_ih),
-                      out<T>(grad_weight_hh),
-                      out<T>(grad_bias_ih),
-                      out<T>(grad_bias_hh)},
-                     pool());
+    const Tensor grad_gates =
+        empty({backward_rows<T>(given.B, given.I, given.H), backward_stride<T>(given.H)},
+              at::toOpMathType(dtype));
+    kernels.backward(given.with<T, Accumulate<T>>(grad_gates, gradients), pool());
   });
   return gradients;
 }

@@ -11,8 +11,6 @@
 
 #include <atomic>
 
-#include "../checks.h"
-#include "../ops.h"
 #include "../tensors.h"
 #include "kernels.h"
 #include "paths.h"
@@ -62,21 +60,10 @@ Path path_of(const Problem& problem, const Device& device) {
 }
 
 template <class T>
-void run_forward(const Forward<T, T>& p, const Tensor& input, const Tensor& hx, const Tensor& weight_ih,
-                 const Tensor& weight_hh, const Tensor& gates, const Device& device) {
-  switch (path_of<T>({p.B, p.I, p.H, allow_tf32()}, device)) {
-    case Path::kFewRows: return check_status(forward_few_rows(p, device));
-    case Path::kTensorCores:
-      if constexpr (sizeof(T) <= 4) check_status(forward_tensor_cores(p, device));
-      return;
-    case Path::kProducts:
-      if constexpr (has_finish<T>) {
-        Tensor sums = gates.numel() ? gates : at::empty({p.B, 4 * p.H}, input.options());
-        at::mm_out(sums, input, weight_ih.t());
-        sums.addmm_(hx, weight_hh.t());
-        check_status(finish(p, in<T>(sums), device));
-      }
-  }
+Path backward_path_of(const Problem& problem, const Device& device) {
+  const std::optional<Path> wanted = forced;
+  const bool possible = wanted == Path::kFewRows || wanted == Path::kProducts;
+  return possible ? *wanted : backward_path<T>(problem, device);
 }
 
 // Inside the operators torch's own are called as they are: no graph, no autocast.
@@ -85,99 +72,75 @@ struct Below {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
-StateAndGates forward(const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
-                      const Tensor& weight_hh_, const OptionalTensor& bias_ih_,
-                      const OptionalTensor& bias_hh_, bool save_gates) {
-  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, bias_ih_, bias_hh_);
-  const c10::DeviceGuard on_device(input_.device());
-  const Below below;
-  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
-  const Tensor input = rows(input_), hx = rows(hx_), cx = rows(cx_);
-  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
-  const Tensor bias_ih = contiguous(bias_ih_), bias_hh = contiguous(bias_hh_);
+template <class T>
+void run_forward(const Forward<T, T>& p, const ForwardTensors& given, const Tensor& gates,
+                 const Device& device) {
+  switch (path_of<T>({p.B, p.I, p.H, allow_tf32()}, device)) {
+    case Path::kFewRows: return check_status(forward_few_rows(p, device));
+    case Path::kTensorCores:
+      if constexpr (sizeof(T) <= sizeof(float)) check_status(forward_tensor_cores(p, device));
+      return;
+    case Path::kProducts:
+      if constexpr (has_finish<T>) {
+        Tensor sums = gates.numel() ? gates : at::empty({p.B, 4 * p.H}, given.input.options());
+        at::mm_out(sums, given.input, given.weight_ih.t());
+        sums.addmm_(given.hx, given.weight_hh.t());
+        check_status(finish(p, in<T>(sums), device));
+      }
+  }
+}
 
+StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                      bool save_gates) {
+  const Below below;
+  const c10::DeviceGuard on_device(input.device());
+  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                                               /*left=*/input.scalar_type());
+  const int64_t B = given.B, H = given.H;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
   const Tensor h = empty({B, H}), c = empty({B, H}), gates = empty({save_gates ? B : 0, 4 * H});
   if (h.numel())
     with_type(input.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      run_forward<T>({B, I, H, in<T>(input), input.stride(0), in<T>(hx), hx.stride(0), in<T>(cx),
-                      cx.stride(0), in<T>(weight_ih), in<T>(weight_hh), in<T>(bias_ih), in<T>(bias_hh),
-                      out<T>(h), out<T>(c), out<T>(gates)},
-                     input, hx, weight_ih, weight_hh, gates, current_device(input.device()));
+      run_forward(given.with<T, T>(h, c, gates), given, gates, current_device(input.device()));
     });
   return {h, c, gates};
 }
 
-Gradients backward(const OptionalTensor& grad_h_, const OptionalTensor& grad_c_, const Tensor& gates_,
-                   const Tensor& input_, const Tensor& hx_, const Tensor& cx_, const Tensor& weight_ih_,
-                   const Tensor& weight_hh_, std::array<bool, 7> output_mask) {
-  check_step(input_, hx_, cx_, weight_ih_, weight_hh_, {}, {});
-  check_backward(grad_h_, grad_c_, gates_, cx_);
-  const c10::DeviceGuard on_device(input_.device());
-  const Below below;
-  const int64_t B = input_.size(0), I = input_.size(1), H = hx_.size(1);
-  const Tensor grad_h = rows(grad_h_), grad_c = rows(grad_c_);
-  const Tensor gates = gates_.contiguous(), input = rows(input_), hx = rows(hx_), cx = rows(cx_);
-  const Tensor weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
+// result = left @ right, where it is wanted
+void product(Tensor result, const Tensor& left, const Tensor& right) {
+  if (result.numel()) at::mm_out(result, left, right);
+}
 
+Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
+                   const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                   const Tensor& weight_hh, std::array<bool, 7> output_mask) {
+  const Below below;
+  const c10::DeviceGuard on_device(input.device());
+  const BackwardTensors given =
+      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
-  const Gradients gradients = make_gradients(B, I, H, output_mask, empty);
-  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
-      gradients;
+  const Gradients gradients = given.gradients(output_mask, empty);
   if (!cx.numel()) return gradients;
 
   const Device device = current_device(input.device());
-  const Problem problem{B, I, H, allow_tf32()};
-  const Tensor grad_gates = empty({B, 4 * H});
+  const Problem problem{given.B, given.I, given.H, allow_tf32()};
+  const Tensor grad_gates = empty({given.B, 4 * given.H});
   with_type(input.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Tensor partial = at::empty({bias_pieces<T>(problem, device), 4 * H},
+    const Backward<T, T> p = given.with<T, T>(grad_gates, gradients);
+    const Tensor partial = at::empty({bias_pieces<T>(problem, device), 4 * given.H},
                                      input.options().dtype(at::toOpMathType(input.scalar_type())));
-    const Backward<T, T> p{B,
-                           I,
-                           H,
-                           in<T>(grad_h),
-                           row_stride(grad_h),
-                           in<T>(grad_c),
-                           row_stride(grad_c),
-                           in<T>(gates),
-                           in<T>(input),
-                           input.stride(0),
-                           in<T>(hx),
-                           hx.stride(0),
-                           in<T>(cx),
-                           cx.stride(0),
-                           in<T>(weight_ih),
-                           in<T>(weight_hh),
-                           B,
-                           out<T>(grad_gates),
-                           4 * H,
-                           out<T>(grad_input),
-                           out<T>(grad_hx),
-                           out<T>(grad_cx),
-                           out<T>(grad_weight_ih),
-                           out<T>(grad_weight_hh),
-                           out<T>(grad_bias_ih),
-                           out<T>(grad_bias_hh)};
     check_status(gate_gradients(p, out<Accumulate<T>>(partial), device));
-    const std::optional<Path> wanted = forced;
-    const bool few_rows = wanted == Path::kFewRows || (wanted != Path::kProducts &&
-                                                       backward_path<T>(problem, device) == Path::kFewRows);
-    if (few_rows)
+    if (backward_path_of<T>(problem, device) == Path::kFewRows) {
       check_status(backward_few_rows(p, device));
-    else {
-      const auto product = [](const Tensor& result, const Tensor& left, const Tensor& right) {
-        if (result.numel()) {
-          Tensor to = result;
-          at::mm_out(to, left, right);
-        }
-      };
-      product(grad_input, grad_gates, weight_ih);
-      product(grad_hx, grad_gates, weight_hh);
-      product(grad_weight_ih, grad_gates.t(), input);
-      product(grad_weight_hh, grad_gates.t(), hx);
+      return;
     }
+    product(std::get<0>(gradients), grad_gates, given.weight_ih);
+    product(std::get<1>(gradients), grad_gates, given.weight_hh);
+    product(std::get<3>(gradients), grad_gates.t(), given.input);
+    product(std::get<4>(gradients), grad_gates.t(), given.hx);
   });
   return gradients;
 }
