@@ -57,25 +57,42 @@ def no_gc() -> Iterator[None]:
         gc.enable()
 
 
+def by_turns(
+    samplers: Mapping[str, Callable[[], float]], rounds: range, seconds: float, seed: int
+) -> dict[str, list[float]]:
+    """What each of the samplers returns, round-robin in random order for about `seconds`."""
+    shuffle = random.Random(seed).shuffle
+    deadline = time.perf_counter() + seconds
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for done in range(rounds.stop - 1):
+        if done >= rounds.start and time.perf_counter() > deadline:
+            break
+        order = list(samplers)
+        shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name]())
+    return samples
+
+
 def measure(
     steps: Mapping[str, Callable[[], object]], seconds: float, seed: int = 0
 ) -> dict[str, Timing]:
     """Round-robin in random order for about `seconds`."""
-    shuffle = random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
     with no_gc():
         calls = {name: calls_per_round(step) for name, step in steps.items()}
-        samples: dict[str, list[float]] = {name: [] for name in steps}
-        for done in range(ROUNDS.stop - 1):
-            if done >= ROUNDS.start and time.perf_counter() > deadline:
-                break
-            order = list(steps)
-            shuffle(order)
-            for name in order:
+
+        def sampler(name: str) -> Callable[[], float]:
+            def sample() -> float:
                 time.sleep(PAUSE)
                 if calls[name] > 1:
                     steps[name]()  # wakes the workers and fetches the weights
-                samples[name].append(timed(steps[name], calls[name]) / calls[name] * 1e6)
+                return timed(steps[name], calls[name]) / calls[name] * 1e6
+
+            return sample
+
+        samplers = {name: sampler(name) for name in steps}
+        samples = by_turns(samplers, ROUNDS, deadline - time.perf_counter(), seed)
 
     def timing(name: str) -> Timing:
         q1, median, q3 = quantiles(samples[name], method="inclusive")

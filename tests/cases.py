@@ -255,3 +255,33 @@ def activated_gates(arguments: Arguments) -> Tensor:
         gates = gates if bias is None else gates + bias
     i, f, g, o = gates.chunk(4, 1)
     return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
+
+
+def flat(arguments: Arguments) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
+    """The cell as a function of the tensors that are there, and these tensors."""
+    names = [name for name, t in arguments._asdict().items() if t is not None]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return cell(arguments._replace(**dict(zip(names, tensors, strict=True))))
+
+    return function, arguments.trainable().present()
+
+
+def check_autocast_gradients(
+    arguments: Arguments, device: str, dtype: torch.dtype, least: float = 1
+) -> None:
+    """Float32 arguments get gradients in float32. All arguments are rounded, too: as many roundings
+    again as the gradient's own, relative to its largest element, or to `least`."""
+    arguments = arguments.trainable()
+    with torch.autocast(device, dtype):
+        h, c = cell(arguments)
+        mixed, _ = cell(arguments._replace(h=h, c=c))  # float32 input, state of the half type
+    torch.autograd.backward([t.float().sum() for t in (h, c, mixed)])
+    wide = arguments.double().trainable()
+    h, c = oracle(wide)
+    torch.autograd.backward([t.sum() for t in (h, c, oracle(wide._replace(h=h, c=c))[0])])
+    for name, t in arguments._asdict().items():
+        assert t.grad.dtype == torch.float32
+        want = getattr(wide, name).grad
+        bound = 4 * torch.finfo(dtype).eps * want.abs().max().clamp(min=least)
+        assert_close(t.grad, want, bound, name)

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 using namespace lstmfused;
 using namespace lstmfused::cuda;
 using std::vector;
@@ -29,24 +31,12 @@ static T from(double x) {
   return to;
 }
 
-template <class T>
-constexpr double kRounding = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23;  // of sums
-template <>
-constexpr double kRounding<bfloat16> = 0x1p-8;
-template <>
-constexpr double kRounding<float16> = 0x1p-11;
-
 static double to_nearest_tf32(double x) {
   int exponent;
   const double fraction = frexp(x, &exponent);
   return ldexp(round(ldexp(fraction, 11)), exponent - 11);
 }
 
-static uint64_t state = 1;
-static double uniform() {  // in [-1, 1)
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return double(int64_t(state >> 11)) * 0x1p-52 - 1;
-}
 template <class T>
 static bool same(const T* a, const T* b, int64_t count) {
   return count == 0 || memcmp(a, b, count * sizeof(T)) == 0;

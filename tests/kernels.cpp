@@ -4,6 +4,7 @@
 //
 // Every array is a heap block of exactly its size, so that AddressSanitizer sees a step beside it.
 #include "../csrc/cpu/kernels.h"
+#include "numbers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -53,19 +54,6 @@ static void assign(float16& to, double x) {  // |x| < 2, towards zero
   const bool normal = fraction != 0 && exponent > -14;
   to.bits = normal ? uint16_t((exponent + 14) << 10 | (int(fraction * 2048) & 1023)) : 0;
   if (x < 0) to.bits |= 0x8000;
-}
-
-template <class T>
-constexpr double kRounding = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23;  // of sums
-template <>
-constexpr double kRounding<bfloat16> = 0x1p-8;
-template <>
-constexpr double kRounding<float16> = 0x1p-11;
-
-static uint64_t state = 1;
-static double uniform() {  // in [-1, 1)
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return double(int64_t(state >> 11)) * 0x1p-52 - 1;
 }
 
 template <class T>

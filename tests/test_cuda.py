@@ -17,8 +17,8 @@ from cases import (
     Arguments,
     assert_close,
     cell,
+    check_autocast_gradients,
     gradients,
-    oracle,
     torch_cell,
 )
 from cuda_cases import (
@@ -375,21 +375,8 @@ def test_autocast(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("B", [3, 40])
 def test_gradients_of_autocast(device: str, B: int, dtype: torch.dtype) -> None:
-    """Weights in float32 get gradients in float32."""
-    arguments = on(device, B, 20, 33).trainable()
-    with torch.autocast(device, dtype):
-        h, c = cell(arguments)
-        mixed, _ = cell(arguments._replace(h=h, c=c))  # float32 input, state of the half type
-    torch.autograd.backward([t.float().sum() for t in (h, c, mixed)])
-    wide = arguments.double().trainable()
-    h, c = oracle(wide)
-    torch.autograd.backward([t.sum() for t in (h, c, oracle(wide._replace(h=h, c=c))[0])])
-    for name, t in arguments._asdict().items():
-        assert t.grad.dtype == torch.float32
-        want = getattr(wide, name).grad
-        # Arguments are rounded, too, and all these roundings add up over the rows.
-        largest = want.abs().max().clamp(min=math.sqrt(B))
-        assert_close(t.grad, want, 4 * torch.finfo(dtype).eps * largest, (name, B))
+    """Errors add up over the rows."""
+    check_autocast_gradients(on(device, B, 20, 33), device, dtype, least=math.sqrt(B))
 
 
 def test_autocast_switched_off_inside(device: str) -> None:

@@ -16,6 +16,7 @@ from cases import (
     activated_gates,
     assert_close,
     cell,
+    flat,
     gradients,
     oracle,
 )
@@ -119,16 +120,6 @@ def test_incoming_gradients_of_any_layout(device: str, layout: str) -> None:
         grads = [views[layout](t) for t in cell(arguments)]
         found = gradients(cell, arguments, *grads)
         compare_gradients(found, expected_gradients(arguments, grads), arguments, shape)
-
-
-def flat(arguments: Arguments) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
-    """The cell as a function of the tensors that are there, and these tensors."""
-    names = [name for name, t in arguments._asdict().items() if t is not None]
-
-    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return cell(arguments._replace(**dict(zip(names, tensors, strict=True))))
-
-    return function, arguments.trainable().present()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

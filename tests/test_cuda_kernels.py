@@ -58,7 +58,7 @@ def run_copy(copy: Path, without: tuple[str, int] | None) -> subprocess.Complete
     """The short run of a copy of everything that lacks one statement."""
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     (copy / "tests").mkdir()
-    for name in ("simt.h", "cuda_kernels.cpp"):
+    for name in ("simt.h", "numbers.h", "cuda_kernels.cpp"):
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     if without:
         name, number = without

@@ -13,6 +13,7 @@ from cases import (
     cell,
     check_gradient,
     check_gradients,
+    flat,
     gradients,
     oracle,
     random_arguments,
@@ -33,16 +34,6 @@ FORMS: tuple[dict[str, object], ...] = (
     {"bias": (False, True)},
     {"state": False, "bias": (False, False)},
 )
-
-
-def flat(arguments: Arguments) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
-    """The cell as a function of the tensors that are there, and these tensors."""
-    names = [name for name, t in arguments._asdict().items() if t is not None]
-
-    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return cell(arguments._replace(**dict(zip(names, tensors, strict=True))))
-
-    return function, arguments.trainable().present()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

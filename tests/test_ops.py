@@ -7,9 +7,9 @@ import pytest
 import torch
 from cases import (
     DTYPES,
-    Arguments,
     assert_close,
     cell,
+    check_autocast_gradients,
     check_gradient,
     check_output,
     oracle,
@@ -208,20 +208,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def test_gradients_of_autocast() -> None:
-    arguments: Arguments = random_arguments(3, I, H).trainable()
-    with torch.autocast("cpu", torch.bfloat16):
-        h, c = cell(arguments)
-        mixed, _ = cell(arguments._replace(h=h, c=c))  # float32 input, bfloat16 state
-    torch.autograd.backward([t.float().sum() for t in (h, c, mixed)])
-    wide = arguments.double().trainable()
-    h, c = oracle(wide)
-    torch.autograd.backward([t.sum() for t in (h, c, oracle(wide._replace(h=h, c=c))[0])])
-    for name, t in arguments._asdict().items():
-        assert t.grad.dtype == torch.float32
-        want = getattr(wide, name).grad
-        # Weights and inputs are rounded too: as many roundings again as the gradient's own.
-        bound = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max().clamp(min=1)
-        assert_close(t.grad, want, bound, name)
+    check_autocast_gradients(random_arguments(3, I, H), "cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Mapping
 from statistics import quantiles
 
 import torch
 
-from ..timing import Timing, no_gc
+from ..timing import Timing, by_turns, no_gc
 
 Sampler = Callable[[], float]  # -> microseconds of a step
 SAMPLE = 1.5e-3  # seconds a sample lasts at least
@@ -98,17 +97,8 @@ def interleaved(
     samplers: Mapping[str, Sampler], seconds: float, seed: int = 0
 ) -> dict[str, Timing]:
     """Round-robin in random order for about `seconds`; microseconds."""
-    shuffle = random.Random(seed).shuffle
-    end = time.perf_counter() + seconds
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
     with no_gc():
-        for done in range(ROUNDS.stop - 1):
-            if done >= ROUNDS.start and time.perf_counter() > end:
-                break
-            order = list(samplers)
-            shuffle(order)
-            for name in order:
-                samples[name].append(samplers[name]())
+        samples = by_turns(samplers, ROUNDS, seconds, seed)
 
     def timing(values: list[float]) -> Timing:
         q1, median, q3 = quantiles(values, method="inclusive")
