@@ -17,6 +17,18 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+State compose(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+              const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const auto product = [](const Tensor& left, const Tensor& weight, const OptionalTensor& bias) {
+    if (weight.dim() == 2 && (!bias || bias->dim() == 1)) return at::linear(left, weight, bias);
+    const Tensor sums = at::matmul(left, weight.mT());
+    return bias ? sums + bias->unsqueeze(-2) : sums;
+  };
+  const auto gates = (product(input, weight_ih, bias_ih) + product(hx, weight_hh, bias_hh)).chunk(4, -1);
+  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
+  return {gates[3].sigmoid() * c.tanh(), c};
+}
+
 OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
@@ -35,8 +47,8 @@ variable_list composed_gradients(const variable_list& saved, const std::array<bo
     a[i] = saved[i].view_as(saved[i]);
     if (wanted[i]) wanted_inputs.push_back(a[i]);
   }
-  const auto [h, c] = lstm_cell_composed(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh],
-                                         optional(a[kBiasIh]), optional(a[kBiasHh]));
+  const auto [h, c] = compose(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], optional(a[kBiasIh]),
+                              optional(a[kBiasHh]));
   variable_list outputs, output_grads;
   for (const auto& [output, grad] : {std::pair{h, grads[0]}, std::pair{c, grads[1]}})
     if (grad.defined()) {
@@ -154,14 +166,11 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh) {
-  const auto product = [](const Tensor& left, const Tensor& weight, const OptionalTensor& bias) {
-    if (weight.dim() == 2 && (!bias || bias->dim() == 1)) return at::linear(left, weight, bias);
-    const Tensor sums = at::matmul(left, weight.mT());
-    return bias ? sums + bias->unsqueeze(-2) : sums;
-  };
-  const auto gates = (product(input, weight_ih, bias_ih) + product(hx, weight_hh, bias_hh)).chunk(4, -1);
-  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
-  return {gates[3].sigmoid() * c.tanh(), c};
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !batch_invariant(),
+      "lstm_cell: forward-mode derivatives, torch.func's and stacked weights are not "
+      "batch-invariant: leave lstmfused.batch_invariant() for them");
+  return compose(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

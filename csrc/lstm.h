@@ -4,8 +4,7 @@
 // column g * H + u of a gate buffer belongs to gate g of unit u. Every matrix is row-major with
 // contiguous rows; a *_stride is the distance between rows, in elements (0 repeats one row).
 //
-// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed, X that of the left
-// factors of the products: the CPU's kernels want them widened, CUDA's as they are.
+// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -30,24 +29,26 @@ struct AccumulateType<double> {
 template <class T>
 using Accumulate = typename AccumulateType<T>::type;
 
-template <class T, class X = Accumulate<T>>
+template <class T>
 struct Forward {
   int64_t B, I, H;
-  const X* input;  // (B, I)
+  const T* input;  // (B, I)
   int64_t input_stride;
-  const X* hx;  // (B, H)
+  const T* hx;  // (B, H)
   int64_t hx_stride;
   const T* cx;  // (B, H)
   int64_t cx_stride;
-  const T* weight_ih;  // (4H, I)
-  const T* weight_hh;  // (4H, H)
-  const T* bias_ih;    // (4H) or null
-  const T* bias_hh;    // (4H) or null
-  T* h;                // (B, H)
-  T* c;                // (B, H)
-  T* gates;            // (B, 4H) activated gates, or null when no gradient is wanted
+  const T* weight_ih;    // (4H, I)
+  const T* weight_hh;    // (4H, H)
+  const T* bias_ih;      // (4H) or null
+  const T* bias_hh;      // (4H) or null
+  T* h;                  // (B, H)
+  T* c;                  // (B, H)
+  T* gates;              // (B, 4H) activated gates, or null when no gradient is wanted
+  bool batch_invariant;  // a row's result depends on nothing but the row
 };
 
+// X is the type of the gate gradients, a left factor: the CPU's kernels want it widened, CUDA's do not.
 template <class T, class X = Accumulate<T>>
 struct Backward {
   int64_t B, I, H;

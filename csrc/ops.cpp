@@ -11,6 +11,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "cpu/variant.h"
 #ifdef LSTMFUSED_CUDA
 #include "cuda/paths.h"
@@ -36,6 +38,11 @@ TORCH_LIBRARY(lstmfused, m) {
 }
 
 namespace lstmfused {
+
+static std::atomic<bool> invariant{false};
+
+bool batch_invariant() { return invariant.load(std::memory_order_relaxed); }
+void set_batch_invariant(bool on) { invariant = on; }
 
 // A typed handle, found once: a call through it boxes nothing.
 #define LSTMFUSED_HANDLE(op) \
@@ -73,6 +80,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
         pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
+  m.def("batch_invariant", &lstmfused::batch_invariant);
+  m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
   m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
 #ifdef LSTMFUSED_CUDA
   m.attr("cuda_architectures") = LSTMFUSED_CUDA;

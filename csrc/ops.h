@@ -35,6 +35,10 @@ State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh);
 
+// Whether a row of h and c is to depend on nothing but the row, to the bit: for the whole process.
+bool batch_invariant();
+void set_batch_invariant(bool on);
+
 // Raises what lstm_cell does for these arguments, and does nothing else.
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,

@@ -35,14 +35,14 @@ struct ForwardTensors {
   int64_t B, I, H;
   Tensor input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
 
-  template <class T, class X>
-  Forward<T, X> with(const Tensor& h, const Tensor& c, const Tensor& gates) const {
+  template <class T>
+  Forward<T> with(const Tensor& h, const Tensor& c, const Tensor& gates) const {
     return {B,
             I,
             H,
-            in<X>(input),
+            in<T>(input),
             input.stride(0),
-            in<X>(hx),
+            in<T>(hx),
             hx.stride(0),
             in<T>(cx),
             cx.stride(0),
@@ -52,22 +52,20 @@ struct ForwardTensors {
             in<T>(bias_hh),
             out<T>(h),
             out<T>(c),
-            out<T>(gates)};
+            out<T>(gates),
+            batch_invariant()};
   }
 };
 
-// `left` is the dtype that the kernels want of the left factors, which are small.
 inline ForwardTensors forward_tensors(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                       const Tensor& weight_ih, const Tensor& weight_hh,
-                                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                                      at::ScalarType left) {
+                                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  const auto factor = [left](const Tensor& t) { return rows(t.scalar_type() == left ? t : t.to(left)); };
   return {input.size(0),
           input.size(1),
           hx.size(1),
-          factor(input),
-          factor(hx),
+          rows(input),
+          rows(hx),
           rows(cx),
           weight_ih.contiguous(),
           weight_hh.contiguous(),

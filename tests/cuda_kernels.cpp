@@ -256,7 +256,7 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const Where where{B, I, H, layout, "", {}};
   const auto save_gates = [] { return simt::order != simt::Order::kBackward; };
   const auto problem = [&] {
-    return Forward<T, T>{B,
+    return Forward<T>{B,
                          I,
                          H,
                          input.data(),
@@ -289,7 +289,7 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
           if (B == 1 || simt::order != simt::Order::kForward) return;
           for (int64_t b : {int64_t(0), B / 2, B - 1}) {
             Array<T> row_h(1, H), row_c(1, H);
-            Forward<T, T> p = problem();
+            Forward<T> p = problem();
             p.B = 1;
             p.input = input.row(b);
             p.hx = hx.row(b);
@@ -319,7 +319,7 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
       run<T>(
           where, in_place ? "finish in place" : "finish", {&h, &c},
           [&](Device on) {
-            Forward<T, T> p = problem();
+            Forward<T> p = problem();
             Array<T>& from_sums = in_place ? gates : given;
             for (int64_t i = 0; i < B * G; i++) from_sums.data()[i] = T(sums[i]);
             if (in_place) p.gates = gates.data();

@@ -68,27 +68,34 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
 }
 
 constexpr int kUnits = kRows / 4;  // of which scratch has room for the sums
-template <class A>
-constexpr int kPanelSize = (128 << 10) / sizeof(A);
+template <class F>
+constexpr int kPanelSize = (128 << 10) / sizeof(F);
 
-template <class A>
+template <class T>
 struct Scratch {
-  alignas(64) A panel[kPanelSize<A>];          // (depth, rows)
-  alignas(64) A sums[4 * kUnits * kWidth<A>];  // (4, units, rows)
+  using A = Accumulate<T>;
+  alignas(64) Factor<T> panel[kPanelSize<Factor<T>>];  // (depth, rows)
+  alignas(64) A sums[4 * kUnits * kWidth<A>];          // (4, units, rows)
 };
 
-// The same rows in the type of sums: as they are, or widened in `room`, which has kTileRows * kDepth.
-template <int R, class A>
-LSTMFUSED_INLINE Rows<A> widened(Rows<A> rows, A*) {
+// Rows of numbers as rows of factors: as they lie, or copied to `room` of kTileRows * kDepth.
+template <int R, class T>
+LSTMFUSED_INLINE Rows<T> as_factors(Rows<T> rows, T*) {
   return rows;
 }
-template <int R, class A, class T>
-LSTMFUSED_INLINE Rows<A> widened(Rows<T> rows, A* room) {
+template <int R, class T, class F>
+LSTMFUSED_INLINE Rows<F> as_factors(Rows<T> rows, F* room) {
+  const int64_t depth = factors<T>(rows.depth);
+  if constexpr (kSpan<T> > 1)
+    if (rows.depth % kSpan<T> == 0) return {rows.at, rows.stride, depth};
   for (int r = 0; r < R; r++)
-    for (int64_t k = 0; k < rows.depth; k += kLanes<A>)
-      store_upto(room + r * kDepth + k, load_upto(rows.at + r * rows.stride + k, rows.depth - k),
-                 rows.depth - k);
-  return {room, kDepth, rows.depth};
+    for (int64_t k = 0; k < depth; k += kLanes<F>)
+      store(room + r * kDepth + k,
+            load_factors(rows.at + r * rows.stride + k * kSpan<T>, rows.depth - k * kSpan<T>));
+  if constexpr (kSpan<T> > 1)
+    return {reinterpret_cast<const T*>(room), kDepth * kSpan<T>, depth};
+  else
+    return {room, kDepth, depth};
 }
 
 template <class T>
@@ -96,23 +103,26 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>;
   constexpr int64_t W = kWidth<A>;
-  Scratch<A> scratch;
-  // Input and state are one right factor of depth I + H, of which a panel, and a block of one, may hold the
-  // end of one and the beginning of the other.
+  Scratch<T> scratch;
+  // Input and state are one right factor, of which a panel, and a block of one, may hold the end of one and
+  // the beginning of the other.
   struct Parts {
     Range input, state;
   };
-  const int64_t K = p.I + p.H;
-  const auto parts = [&](int64_t begin, int64_t end) -> Parts {
+  const int64_t depth = factors<T>(p.I), K = depth + factors<T>(p.H);
+  const auto parts = [&](int64_t begin, int64_t end) -> Parts {  // factors -> numbers
     const auto within = [](int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size; };
-    const int64_t i = within(begin, p.I), h = within(begin - p.I, p.H);
-    return {{i, within(end, p.I) - i}, {h, within(end - p.I, p.H) - h}};
+    const auto part = [&](int64_t offset, int64_t size) -> Range {
+      const int64_t first = within((begin - offset) * kSpan<T>, size);
+      return {first, within((end - offset) * kSpan<T>, size) - first};
+    };
+    return {part(0, p.I), part(depth, p.H)};
   };
   with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
     constexpr int64_t w = V.value * N;
     // A panel fits the first-level cache; one that leaves the weights little to do may be deeper, so that
     // these are read in long pieces.
-    const int64_t deep = V.value <= 2 ? kPanelSize<A> / w : kDepth;
+    const int64_t deep = V.value <= 2 ? kPanelSize<Factor<T>> / w : kDepth;
     for (int64_t begin = 0; begin < K; begin += deep) {
       const int64_t end = begin + deep < K ? begin + deep : K;
       const Parts of = parts(begin, end);
@@ -120,8 +130,8 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
         const int64_t row = rows.begin + v, n = rows.size - v < N ? rows.size - v : N;
         transpose_into(scratch.panel + v, w, p.input + row * p.input_stride + of.input.begin,
                        p.input_stride, n, of.input.size);
-        transpose_into(scratch.panel + of.input.size * w + v, w, p.hx + row * p.hx_stride + of.state.begin,
-                       p.hx_stride, n, of.state.size);
+        transpose_into(scratch.panel + factors<T>(of.input.size) * w + v, w,
+                       p.hx + row * p.hx_stride + of.state.begin, p.hx_stride, n, of.state.size);
       }
       for (int gate = 0; gate < 4; gate++)
         each_tile<V.value>(units.size, [&](auto R, int64_t unit) {
@@ -130,11 +140,11 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
             const int64_t row = gate * p.H + units.begin + unit;
             const Rows<T> input{p.weight_ih + row * p.I + of.input.begin, p.I, of.input.size};
             const Rows<T> state{p.weight_hh + row * p.H + of.state.begin, p.H, of.state.size};
-            alignas(64) A room[kTileRows * kDepth];
-            const Right<A> panel{scratch.panel + (k - begin) * w, w, w};
+            alignas(64) Factor<T> room[2][kTileRows * kDepth];
+            const Right<Factor<T>> panel{scratch.panel + (k - begin) * w, w, w};
             const Sums<A> sums{scratch.sums + (gate * units.size + unit) * W, W, w, k == 0, false, false};
-            multiply_tile<R.value, V.value, false>(panel, sums, widened<R.value>(input, room),
-                                                   widened<R.value>(state, room + input.depth));
+            multiply_tile<R.value, V.value, false>(panel, sums, as_factors<R.value>(input, room[0]),
+                                                   as_factors<R.value>(state, room[1]));
           }
         });
     }
@@ -178,10 +188,10 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
   for (int i = 0; i < Units; i++) {
     Vec<A> s[Unroll][R * 4];
     each_sum<Unroll, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[j][d] = Vec<A>{}; });
-    const auto add = [&](Rows<A> left, const T* weight) LSTMFUSED_INLINED {
+    const auto add = [&](Rows<T> left, const T* weight) LSTMFUSED_INLINED {
       const int64_t K = left.depth;
       const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
-        Vec<A> x[R];
+        Vec<Factor<T>> x[R];
         each_sum<1, R>([&](int, int r)
                            LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
         if constexpr (Far)
@@ -189,16 +199,17 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
             __builtin_prefetch(weight + (gate * p.H + u + i) * K + k + kPage, 0, 2);
 #pragma GCC unroll 4
         for (int gate = 0; gate < 4; gate++) {
-          const Vec<A> w = load_part(weight + (gate * p.H + u + i) * K + k);
-          each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { into[r * 4 + gate] += x[r] * w; });
+          const Vec<Factor<T>> w = load_part(weight + (gate * p.H + u + i) * K + k);
+          each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { multiply_add(into[r * 4 + gate], x[r], w); });
         }
       };
+      constexpr int64_t M = N * kSpan<T>;
       int64_t k = 0;
-      for (; k + Unroll * N <= K; k += Unroll * N)
+      for (; k + Unroll * M <= K; k += Unroll * M)
 #pragma GCC unroll 8
-        for (int j = 0; j < Unroll; j++) step(s[j], k + j * N, [](auto* p) { return load(p); });
-      for (; k + N <= K; k += N) step(s[0], k, [](auto* p) { return load(p); });
-      if (k < K) step(s[0], k, [n = K - k](auto* p) { return load_some(p, n); });
+        for (int j = 0; j < Unroll; j++) step(s[j], k + j * M, [](auto* p) { return load_factors(p); });
+      for (; k + M <= K; k += M) step(s[0], k, [](auto* p) { return load_factors(p); });
+      if (k < K) step(s[0], k, [n = K - k](auto* p) { return load_factors(p, n); });
     };
     add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih);
     add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
@@ -229,14 +240,18 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
         tile(p, rows.begin + row, u0 + u + from, sums + (row * N + u + from) * 4);
       return from;
     };
+    // Unrolling is another order of additions, which a row would owe to those beside it.
+    const auto unrolled = [&](auto tile, int64_t width, int64_t row) {
+      return p.batch_invariant ? 0 : tiles(tile, width, row, 0);
+    };
     int64_t row = 0;
     for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, Far, T>, 1, row, 0);
     switch (rows.size - row) {
       case 3: tiles(dot_tile<1, 3, Far, T>, 1, row, 0); break;
       case 2:
-        tiles(dot_tile<1, 2, Far, T>, 1, row, tiles(dot_tile<R / 2, 2, Far, T>, R / 2, row, 0));
+        tiles(dot_tile<1, 2, Far, T>, 1, row, unrolled(dot_tile<R / 2, 2, Far, T>, R / 2, row));
         break;
-      case 1: tiles(dot_tile<1, 1, Far, T>, 1, row, tiles(dot_tile<R, 1, Far, T>, R, row, 0)); break;
+      case 1: tiles(dot_tile<1, 1, Far, T>, 1, row, unrolled(dot_tile<R, 1, Far, T>, R, row)); break;
     }
   }
 
@@ -273,11 +288,13 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 // A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.9 of its depth, but for
 // whole vectors of rows. Far weights come at a pace that the panel keeps.
 // Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two; on an Intel Xeon dots win a little
-// longer where weights fit its second-level cache.
+// longer where weights fit its second-level cache. A batch-invariant step chooses whatever the batch: dots
+// unless they cost half as much again as their length.
 template <class T>
 static bool few_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
-  const int64_t K = p.I + p.H, lanes = (p.B + N - 1) / N * N;
+  const int64_t K = factors<T>(p.I) + factors<T>(p.H), lanes = (p.B + N - 1) / N * N;
+  if (p.batch_invariant) return 2 * (K + 40) < 3 * K;
   return far_weights(p) ? 10 * p.B < 6 * lanes : 10 * p.B * (K + 40) < 9 * lanes * K;
 }
 
@@ -310,8 +327,8 @@ static void forward(const Forward<T>& p, const Pool& pool) {
     int64_t across, down;  // pieces of the units, of the batch
   } context{p, (p.H + N - 1) / N, (p.B + kDotRows - 1) / kDotRows};
   const auto run = [&](auto task) {
-    pool.run(context.across * context.down, (p.B + kWeightWork) * (p.I + p.H + kFinishWork) * 4 * p.H, task,
-             &context);
+    const int64_t depth = factors<T>(p.I) + factors<T>(p.H) + kFinishWork;
+    pool.run(context.across * context.down, (p.B + kWeightWork) * depth * 4 * p.H, task, &context);
   };
   if (few_rows(p))
     return run([](const void* opaque, int64_t i) {

@@ -34,6 +34,7 @@ extern const Kernels kernels_default;
 #ifdef __x86_64__
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 }  // namespace lstmfused

@@ -20,7 +20,8 @@ const Kernels& cpu_kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #ifdef __x86_64__
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return kernels_avx512;
+    if (capability == "AVX512")
+      return __builtin_cpu_supports("avx512bf16") ? kernels_avx512_bf16 : kernels_avx512;
     if (capability == "AVX2") return kernels_avx2;
 #endif
     return kernels_default;
@@ -87,15 +88,14 @@ StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, c
                       const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                       bool save_gates) {
   const at::ScalarType dtype = input.scalar_type();
-  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                                               /*left=*/at::toOpMathType(dtype));
+  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   const int64_t B = given.B, H = given.H;
   const Tensor h = empty({B, H}, dtype), c = empty({B, H}, dtype);
   const Tensor gates = empty({save_gates ? B : 0, 4 * H}, dtype);
   if (h.numel())
     with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
-      kernels.forward(given.with<T, Accumulate<T>>(h, c, gates), pool());
+      kernels.forward(given.with<T>(h, c, gates), pool());
     });
   return {h, c, gates};
 }

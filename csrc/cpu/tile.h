@@ -45,6 +45,26 @@ struct Rows {
   }
 };
 
+#if defined(__AVX512BF16__)
+// Pairs of numbers, as they lie.
+template <>
+struct Rows<bfloat16x2> {
+  const bfloat16* at;
+  int64_t stride, depth;  // in numbers; in pairs
+
+  bfloat16x2 element(int64_t row, int64_t k) const {
+    bfloat16x2 pair;
+    __builtin_memcpy(&pair, at + row * stride + 2 * k, sizeof pair);
+    return pair;
+  }
+  template <int R>
+  LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) __builtin_prefetch(at + (R + r) * stride + 2 * k, 0, 2);
+  }
+};
+#endif
+
 // ... or column-major: those of one depth do.
 template <class L>
 struct Columns {
@@ -89,6 +109,7 @@ struct Sums {
 template <int R, int V, bool MayBeFar, class A, class P, class... Left>
 LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) {
   constexpr int N = kLanes<A>;
+  using Element = decltype(load(right.at));
   const auto load_part = [](auto* row, int v, int64_t n) LSTMFUSED_INLINED {
     return v < V - 1 ? load(row + v * N) : load_upto(row + v * N, n - v * N);
   };
@@ -107,7 +128,7 @@ LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) 
       const int64_t end = k + kLine < left.depth ? k + kLine : left.depth;
       for (; k < end; k++, right.at += right.stride) {
         // The fewer stay in registers, the others come one by one.
-        Vec<A> x[R], w[V];
+        Element x[R], w[V];
         const auto load_left = [&](int, int r) LSTMFUSED_INLINED { x[r] = broadcast(left.element(r, k)); };
         const auto load_right = [&](int, int v)
                                     LSTMFUSED_INLINED { w[v] = load_part(right.at, v, right.columns); };
@@ -116,14 +137,14 @@ LSTMFUSED_INLINE void multiply_tile(Right<P> right, Sums<A> sums, Left... left) 
 #pragma GCC unroll 16
           for (int v = 0; v < V; v++) {
             load_right(0, v);
-            each_sum<R, 1>([&](int r, int) LSTMFUSED_INLINED { s[r][v] += x[r] * w[v]; });
+            each_sum<R, 1>([&](int r, int) LSTMFUSED_INLINED { multiply_add(s[r][v], x[r], w[v]); });
           }
         } else {
           each_sum<1, V>(load_right);
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++) {
             load_left(0, r);
-            each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { s[r][v] += x[r] * w[v]; });
+            each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { multiply_add(s[r][v], x[r], w[v]); });
           }
         }
       }
@@ -174,17 +195,20 @@ LSTMFUSED_INLINE void each_tile(int64_t rows, F&& f) {
 // ---------------------------------------------------------------------------------------------------
 // Layout
 
-// out (depth, lanes) with row stride out_stride = the transpose of `from` (rows <= lanes, depth); the
+// out (factors, lanes) with row stride out_stride = the transpose of `from` (rows <= lanes, numbers); the
 // lanes beyond `rows` are zero.
-template <class A, class T>
-static void transpose_into(A* out, int64_t out_stride, const T* from, int64_t from_stride, int64_t rows,
-                           int64_t depth) {
-  constexpr int N = kLanes<A>;
+template <class T>
+static void transpose_into(Factor<T>* out, int64_t out_stride, const T* from, int64_t from_stride,
+                           int64_t rows, int64_t numbers) {
+  using F = Factor<T>;
+  constexpr int N = kLanes<F>;
+  const int64_t depth = factors<T>(numbers);
   for (int64_t k = 0; k < depth; k += N) {
-    Vec<A> block[N];
+    Vec<F> block[N];
     for (int i = 0; i < N; i++)
-      block[i] = i < rows ? load_upto(from + i * from_stride + k, depth - k) : Vec<A>{};
-    transpose<A>(block);
+      block[i] =
+          i < rows ? load_factors(from + i * from_stride + k * kSpan<T>, numbers - k * kSpan<T>) : Vec<F>{};
+    transpose<F>(block);
     const int64_t n = depth - k < N ? depth - k : N;
     for (int i = 0; i < N; i++)
       if (i < n) store(out + (k + i) * out_stride, block[i]);

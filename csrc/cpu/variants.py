@@ -9,3 +9,4 @@ VARIANTS: dict[str, list[str]] = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     VARIANTS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]

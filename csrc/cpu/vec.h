@@ -207,6 +207,75 @@ LSTMFUSED_INLINE void store_upto(T* p, Vec<Accumulate<T>> v, int64_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------
+// Factors: what a lane of a product multiplies. A number in the type of the sums or, where bfloat16 has dot
+// products, two numbers that follow each other.
+
+template <class T>
+struct FactorType {
+  using type = Accumulate<T>;
+  static constexpr int span = 1;
+};
+template <class T>
+using Factor = typename FactorType<T>::type;
+template <class T>
+constexpr int kSpan = FactorType<T>::span;  // numbers in a factor
+template <class T>
+constexpr int64_t factors(int64_t numbers) {
+  return (numbers + kSpan<T> - 1) / kSpan<T>;
+}
+
+// As many of the n numbers at p as a vector of factors holds; those beyond are zero.
+template <class T>
+LSTMFUSED_INLINE auto load_factors(const T* p, int64_t n) {
+  return load_upto(p, n);
+}
+template <class T>
+LSTMFUSED_INLINE auto load_factors(const T* p) {
+  return load(p);
+}
+template <class V>
+LSTMFUSED_INLINE void multiply_add(V& sum, V a, V b) {
+  sum += a * b;
+}
+
+#if defined(__AVX512BF16__)
+struct bfloat16x2 {
+  uint32_t bits;
+};
+template <>
+struct VectorOf<bfloat16x2> {
+  typedef uint32_t F __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+};
+template <>
+struct FactorType<bfloat16> {
+  using type = bfloat16x2;
+  static constexpr int span = 2;
+};
+LSTMFUSED_INLINE Vec<bfloat16x2> load(const bfloat16x2* p) {
+  return *(const VectorOf<bfloat16x2>::Unaligned*)p;
+}
+LSTMFUSED_INLINE Vec<bfloat16x2> load_upto(const bfloat16x2* p, int64_t n) {
+  return n >= 16 ? load(p) : (Vec<bfloat16x2>)_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p);
+}
+LSTMFUSED_INLINE void store(bfloat16x2* p, Vec<bfloat16x2> v) { *(VectorOf<bfloat16x2>::Unaligned*)p = v; }
+LSTMFUSED_INLINE Vec<bfloat16x2> load_factors(const bfloat16* p) {
+  return *(const VectorOf<bfloat16x2>::Unaligned*)p;
+}
+LSTMFUSED_INLINE Vec<bfloat16x2> load_factors(const bfloat16* p, int64_t n) {
+  return n >= 32 ? load_factors(p)
+                 : (Vec<bfloat16x2>)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+}
+LSTMFUSED_INLINE Vec<bfloat16x2> broadcast(bfloat16x2 x) {
+  return (Vec<bfloat16x2>)_mm512_set1_epi32(int(x.bits));
+}
+LSTMFUSED_INLINE void multiply_add(Vec<float>& sum, Vec<bfloat16x2> a, Vec<bfloat16x2> b) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------
 // Transposition: log2(lanes) rounds; the round of size S exchanges bit S of the lane with bit S of the
 // vector's index.
 

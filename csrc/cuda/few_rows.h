@@ -78,7 +78,7 @@ LSTMFUSED_DEVICE A sum_lanes(A* sums) {
 
 // Block (32, warps of a unit, units), grid (blocks of R rows, blocks of units).
 template <class T, int R, int N>
-__global__ void few_rows(const Forward<T, T> p) {
+__global__ void few_rows(const Forward<T> p) {
   using A = Accumulate<T>;
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const int64_t unit = int64_t(blockIdx.y) * blockDim.z + threadIdx.z;
@@ -110,7 +110,7 @@ __global__ void few_rows(const Forward<T, T> p) {
 }
 
 template <class T>
-const char* forward_few_rows(const Forward<T, T>& p, const Device& device) {
+const char* forward_few_rows(const Forward<T>& p, const Device& device) {
   const bool vectors = in_vectors(p.input, p.input_stride, p.I) && in_vectors(p.hx, p.hx_stride, p.H) &&
                        in_vectors(p.weight_ih, p.I, p.I) && in_vectors(p.weight_hh, p.H, p.H);
   const auto run = [&](auto rows, auto width) {

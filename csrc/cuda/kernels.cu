@@ -51,7 +51,7 @@ const char* describe(int index, Device& device) {
   template bool has_tensor_cores<T>(bool, const Device&);                                    \
   template Path forward_path<T>(const Problem&, const Device&);                              \
   template Path backward_path<T>(const Problem&, const Device&);                             \
-  template const char* forward_few_rows(const Forward<T, T>&, const Device&);                \
+  template const char* forward_few_rows(const Forward<T>&, const Device&);                   \
   template int64_t bias_pieces<T>(const Problem&, const Device&);                            \
   template const char* gate_gradients(const Backward<T, T>&, Accumulate<T>*, const Device&); \
   template const char* backward_few_rows(const Backward<T, T>&, const Device&)
@@ -60,11 +60,11 @@ LSTMFUSED_INSTANTIATE(float);
 LSTMFUSED_INSTANTIATE(double);
 LSTMFUSED_INSTANTIATE(bfloat16);
 LSTMFUSED_INSTANTIATE(float16);
-template const char* forward_tensor_cores(const Forward<float, float>&, const Device&);
-template const char* forward_tensor_cores(const Forward<bfloat16, bfloat16>&, const Device&);
-template const char* forward_tensor_cores(const Forward<float16, float16>&, const Device&);
-template const char* finish(const Forward<float, float>&, const float*, const Device&);
-template const char* finish(const Forward<double, double>&, const double*, const Device&);
+template const char* forward_tensor_cores(const Forward<float>&, const Device&);
+template const char* forward_tensor_cores(const Forward<bfloat16>&, const Device&);
+template const char* forward_tensor_cores(const Forward<float16>&, const Device&);
+template const char* finish(const Forward<float>&, const float*, const Device&);
+template const char* finish(const Forward<double>&, const double*, const Device&);
 
 }  // namespace cuda
 }  // namespace lstmfused

@@ -37,12 +37,12 @@ Path backward_path(const Problem&, const Device&);  // kFewRows or kProducts
 // Each returns null, or what CUDA says went wrong. Nothing waits for the device.
 
 template <class T>
-const char* forward_few_rows(const Forward<T, T>&, const Device&);
+const char* forward_few_rows(const Forward<T>&, const Device&);
 template <class T>
-const char* forward_tensor_cores(const Forward<T, T>&, const Device&);  // where has_tensor_cores()
+const char* forward_tensor_cores(const Forward<T>&, const Device&);  // where has_tensor_cores()
 // The end of the step, from sums (B, 4H) = input @ weight_ih^T + hx @ weight_hh^T. p.gates may be sums.
 template <class T>
-const char* finish(const Forward<T, T>& p, const T* sums, const Device&);  // where has_finish
+const char* finish(const Forward<T>& p, const T* sums, const Device&);  // where has_finish
 
 // The gradients of the gates before activation, of cx and of the biases. partial is scratch of
 // bias_pieces() by 4H, for there may be more pieces of the batch than one.

@@ -73,7 +73,7 @@ struct Below {
 };
 
 template <class T>
-void run_forward(const Forward<T, T>& p, const ForwardTensors& given, const Tensor& gates,
+void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor& gates,
                  const Device& device) {
   switch (path_of<T>({p.B, p.I, p.H, allow_tf32()}, device)) {
     case Path::kFewRows: return check_status(forward_few_rows(p, device));
@@ -94,16 +94,16 @@ StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, c
                       const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                       bool save_gates) {
   const Below below;
+  TORCH_CHECK_NOT_IMPLEMENTED(!batch_invariant(), "lstm_cell: no batch-invariant kernels for CUDA yet");
   const c10::DeviceGuard on_device(input.device());
-  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                                               /*left=*/input.scalar_type());
+  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   const int64_t B = given.B, H = given.H;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
   const Tensor h = empty({B, H}), c = empty({B, H}), gates = empty({save_gates ? B : 0, 4 * H});
   if (h.numel())
     with_type(input.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      run_forward(given.with<T, T>(h, c, gates), given, gates, current_device(input.device()));
+      run_forward(given.with<T>(h, c, gates), given, gates, current_device(input.device()));
     });
   return {h, c, gates};
 }

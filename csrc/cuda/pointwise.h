@@ -10,7 +10,7 @@ constexpr int kPointwiseThreads = 256;
 
 // A thread for each state.
 template <class T>
-__global__ void finish_states(const Forward<T, T> p, const T* sums) {
+__global__ void finish_states(const Forward<T> p, const T* sums) {
   const int64_t i = int64_t(blockIdx.x) * kPointwiseThreads + threadIdx.x;
   if (i >= p.B * p.H) return;
   const int64_t row = i / p.H, unit = i % p.H;
@@ -19,7 +19,7 @@ __global__ void finish_states(const Forward<T, T> p, const T* sums) {
 }
 
 template <class T>
-const char* finish(const Forward<T, T>& p, const T* sums, const Device& device) {
+const char* finish(const Forward<T>& p, const T* sums, const Device& device) {
   return launch(finish_states<T>, dim3(unsigned(ceil_div(p.B * p.H, kPointwiseThreads))),
                 dim3(kPointwiseThreads), 0, device.stream, p, sums);
 }

@@ -21,7 +21,7 @@ struct ScalarMath {
 
 // Both biases of a unit's gates, summed.
 template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE Gates<A> sum_bias(const Forward<T, T>& p, int64_t unit) {
+LSTMFUSED_DEVICE Gates<A> sum_bias(const Forward<T>& p, int64_t unit) {
   const auto sum = [&](int gate) {
     const int64_t row = gate * p.H + unit;
     return (p.bias_ih ? A(widen(p.bias_ih[row])) : A(0)) + (p.bias_hh ? A(widen(p.bias_hh[row])) : A(0));
@@ -31,7 +31,7 @@ LSTMFUSED_DEVICE Gates<A> sum_bias(const Forward<T, T>& p, int64_t unit) {
 
 // From the sums of the products: c', h' and the gates of one state.
 template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE void finish_state(const Forward<T, T>& p, int64_t row, int64_t unit, const Gates<A>& sums,
+LSTMFUSED_DEVICE void finish_state(const Forward<T>& p, int64_t row, int64_t unit, const Gates<A>& sums,
                                    const Gates<A>& bias) {
   using Math = ScalarMath<A>;
   const Gates<A> gate =

@@ -168,7 +168,7 @@ LSTMFUSED_DEVICE void add_parts(WarpSums<Tile>& sums, int part) {
 // Grid (blocks of rows, blocks of units).
 template <class T, class Tile, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads, kVectors ? Tile::kBlocks : 1)
-    tensor_cores(const Forward<T, T> p) {
+    tensor_cores(const Forward<T> p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   __trap();  // has_tensor_cores() is false there
 #else
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kVectors ? Tile::kBlocks : 1)
 }
 
 template <class T>
-const char* forward_tensor_cores(const Forward<T, T>& p, const Device& device) {
+const char* forward_tensor_cores(const Forward<T>& p, const Device& device) {
   static_assert(sizeof(T) <= sizeof(float));
   const auto run = [&](auto tile, auto vectors) -> const char* {
     using Tile = decltype(tile);

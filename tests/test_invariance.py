@@ -1,0 +1,127 @@
+"""Batch-invariant mode: the oracle of a row is the same row in any other batch, to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    Arguments,
+    cell,
+    check_forward,
+    check_gradients,
+    random_arguments,
+)
+from torch import Tensor
+
+import lstmfused
+
+BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 48, 64, 65, 97, 128, 129, 300)
+SHAPES = ((1, 1), (2, 20), (16, 16), (33, 30), (51, 51), (70, 33), (130, 130), (1030, 40), (3, 400))
+
+
+@pytest.fixture(autouse=True)
+def mode() -> Iterator[None]:
+    with lstmfused.batch_invariant():
+        yield
+
+
+def rows(arguments: Arguments, begin: int, size: int) -> Arguments:
+    """The batch of these rows of arguments with a state."""
+    here = slice(begin, begin + size)
+    assert arguments.hx is not None
+    h, c = arguments.hx
+    return arguments._replace(input=arguments.input[here], h=h[here], c=c[here])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("I", "H"), SHAPES)
+def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype, I: int, H: int) -> None:
+    B = max(BATCHES)
+    arguments = random_arguments(B, I, H, dtype)
+    check_forward(arguments, (dtype, I, H))
+    whole = cell(arguments)
+    for batch in BATCHES:
+        begin = random.Random(batch).randint(0, B - batch)
+        torch.set_num_threads(1 + batch % 2)
+        part = cell(rows(arguments, begin, batch))
+        for name, every, some in zip("hc", whole, part, strict=True):
+            assert torch.equal(every[begin : begin + batch], some), (name, batch, begin)
+
+
+def test_of_weights_larger_than_the_caches() -> None:
+    arguments = random_arguments(40, 2050, 520)
+    whole = cell(arguments)
+    for batch in (1, 2, 3, 8, 17, 33):
+        for every, some in zip(whole, cell(rows(arguments, 5, batch)), strict=True):
+            assert torch.equal(every[5 : 5 + batch], some), batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_and_gradients_change_nothing(layout: str) -> None:
+    arguments = random_arguments(97, 51, 130).map(LAYOUTS[layout])
+    expected = cell(arguments.map(torch.Tensor.contiguous))
+    for kind in (arguments, arguments.trainable()):
+        for want, got in zip(expected, cell(kind), strict=True):
+            assert torch.equal(want, got)
+
+
+def test_gradients_are_right() -> None:
+    check_gradients(random_arguments(9, 33, 70), "batch-invariant")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled() -> None:
+    model = lstmfused.LSTMCell(130, 40)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(33, 130)
+    with torch.no_grad():
+        for every, one in zip(compiled(x), compiled(x[32:]), strict=True):
+            assert torch.equal(every[32:], one)
+
+
+def test_mode_is_kept_and_restored() -> None:
+    assert lstmfused.is_batch_invariant()
+    with lstmfused.batch_invariant(False):
+        assert not lstmfused.is_batch_invariant()
+        lstmfused.set_batch_invariant(True)
+        assert lstmfused.is_batch_invariant()
+    assert lstmfused.is_batch_invariant()
+
+    @lstmfused.batch_invariant(False)
+    def fails() -> None:
+        assert not lstmfused.is_batch_invariant()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert lstmfused.is_batch_invariant()
+    with pytest.raises(TypeError):
+        lstmfused.set_batch_invariant("on")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_refuses_what_would_not_be_invariant() -> None:
+    given = random_arguments(3, 4, 5)
+
+    def h(input: Tensor) -> Tensor:
+        return cell(given._replace(input=input))[0]
+
+    def of_weights(weight: Tensor) -> Tensor:
+        return cell(given._replace(weight_ih=weight))[0]
+
+    stack = torch.stack([given.weight_ih] * 2)
+    for call in (
+        lambda: torch.func.jvp(h, (given.input,), (given.input,)),
+        lambda: torch.func.grad(lambda x: h(x).sum())(given.input),
+        lambda: torch.func.vmap(of_weights)(stack),
+    ):
+        with pytest.raises(NotImplementedError, match="batch-invariant"):
+            call()
+    inputs = torch.stack([given.input, given.input + 1])
+    joined = torch.func.vmap(h)(inputs)
+    assert torch.equal(joined[1], h(inputs[1]))
