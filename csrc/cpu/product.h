@@ -8,7 +8,8 @@ namespace LSTMFUSED_VARIANT {
 
 // kFew, kFewDepth, kPastCacheBytes and kFarRightBytes were measured on Zen 4, the others on an Intel Xeon
 // with AMX.
-constexpr int64_t kBlockRows = 384;  // by as many columns as leave half a cache to other things
+constexpr int64_t kBlockRows = 384;   // by as many columns as leave half a cache to other things
+constexpr int64_t kScratchRows = 96;  // by as many columns as a scratch for sums has room for
 // So few rows leave a block of right no time to be fetched: then it is read nearly in the order in which it
 // lies.
 constexpr int64_t kFew = 2 * tile_rows(kPanel), kFewDepth = 32;
@@ -26,6 +27,7 @@ struct Product {
   static constexpr bool kInPlace = sizeof(T) == sizeof(A);  // out holds sums; else they need a scratch
   static constexpr int L = kLanes<A>;
   static constexpr int64_t W = kWidth<A>, kSums = kRows * W;
+  static constexpr int64_t kBlock = kInPlace ? kBlockRows : kScratchRows;
 
   Left left;
   const T* right;
@@ -51,14 +53,14 @@ struct Product {
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     far = kInPlace && !past_cache && M * N * int64_t(sizeof(T)) >= kFarBytes;
     far_right = M <= kFew && K * N * int64_t(sizeof(T)) >= kFarRightBytes;
-    constexpr int64_t kScratch = kSums / kBlockRows / W * W;
-    const int64_t cached = pool.cache / 2 / (kBlockRows * int64_t(sizeof(A))) / W * W;
+    constexpr int64_t kScratch = kSums / kBlock / W * W;
+    const int64_t cached = pool.cache / 2 / (kBlock * int64_t(sizeof(A))) / W * W;
     const int64_t columns = kInPlace && cached > kScratch ? cached : kScratch;
     // Whole rows, where a block is all: what a thread writes lies together then, and two that write to the
     // same rows by turns take the lines from each other.
     const bool rows_only = kInPlace && K < kPackDepth;
     across = rows_only ? 1 : (N + columns - 1) / columns;
-    down = (M + kBlockRows - 1) / kBlockRows;
+    down = (M + kBlock - 1) / kBlock;
     // Enough for every thread: first of rows, as long as there are many of them, then of columns.
     while (across * down < 2 * pool.threads) {
       if (M / down >= 2 * kFew * (rows_only ? 1 : 4))
@@ -114,44 +116,77 @@ struct Product {
   // Panel after panel of right, copied to lie together unless it does: all rows of left pass over it, while
   // the next one is fetched bit by bit.
   void add_panels(const Block& b) const {
-    alignas(64) A room[kDepth * W], left_room[kDepth * kBlockRows];
+    alignas(64) Factor<T> room[kDepth * W], left_room[kDepth * kBlock];
     const int64_t depth = b.left.depth, rows = b.rows;
-    const Left left = b.right.columns >= kGatherColumns ? gathered(b.left, rows, left_room) : b.left;
+    const auto left = gathered(b.left, rows, b.right.columns, left_room);
     for (int64_t c = 0; c < b.right.columns; c += W) {
       const int64_t n = b.right.columns - c < W ? b.right.columns - c : W;
       const T* next = c + W < b.right.columns ? b.right.at + c + W : b.right.at + depth * b.right.stride;
       with_constant<kPanel>((n + L - 1) / L, [&](auto V) {
-        const Right<A> panel = gathered<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
+        const auto panel = gathered<V.value>({b.right.at + c, b.right.stride, n}, depth, room);
         each_tile<V.value>(rows, [&](auto R, int64_t row) {
           for (int64_t k = row * depth / rows; k < (row + R.value) * depth / rows; k++)
             for (int v = 0; v < kPanel; v++) __builtin_prefetch(next + k * b.right.stride + v * L, 0, 2);
           multiply_tile<R.value, V.value, kInPlace>(panel, part(b.sums, row, c, n),
-                                                    left.from(row, 0, depth));
+                                                    left.from(row, 0, left.depth));
         });
       });
     }
   }
 
   template <int V>
-  static Right<A> gathered(Right<T> right, int64_t depth, A* room) {
+  static Right<Factor<T>> gathered(Right<T> right, int64_t depth, Factor<T>* room) {
     if constexpr (kInPlace)
       if (right.stride <= W) return right;
-    for (int64_t k = 0; k < depth; k++)
-      for (int v = 0; v < V; v++)
-        store(room + (k * V + v) * L,
-              load_upto(right.at + k * right.stride + v * L, right.columns - v * L));
+    for (int64_t k = 0; k < factors<T>(depth); k++)
+      for (int v = 0; v < V; v++) {
+        const auto part = [&](int64_t i) {
+          return i < depth ? load_upto(right.at + i * right.stride + v * L, right.columns - v * L)
+                           : Vec<A>{};
+        };
+        if constexpr (kSpan<T> == 1)
+          store(room + (k * V + v) * L, part(k));
+        else
+          store(room + (k * V + v) * L, zip_exact(part(2 * k), part(2 * k + 1)));
+      }
     return {room, V * L, V * L};
   }
 
   // Of a block of left that is used again and again: rows lie together anyway, columns in far apart lines.
-  static Rows<A> gathered(Rows<A> left, int64_t, A*) { return left; }
-  static Columns<A> gathered(Columns<A> left, int64_t rows, A* room) {
+  static Rows<A> gathered(Rows<A> left, int64_t, int64_t, A*) { return left; }
+  static Columns<A> gathered(Columns<A> left, int64_t rows, int64_t columns, A* room) {
+    if (columns < kGatherColumns) return left;
     const int64_t stride = (rows + L - 1) / L * L;
     for (int64_t k = 0; k < left.depth; k++)
       for (int64_t r = 0; r < rows; r += L)
         store(room + k * stride + r, load_upto(left.at + k * left.stride + r, rows - r));
     return {room, stride, left.depth};
   }
+#if defined(__AVX512BF16__)
+  // As pairs.
+  static Rows<bfloat16x2> gathered(Rows<A> left, int64_t rows, int64_t, bfloat16x2* room) {
+    constexpr int64_t stride = kDepth / 2;
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = 0; k < left.depth; k += 2 * L) {
+        const A* at = left.at + r * left.stride + k;
+        const int64_t n = left.depth - k;
+        store(room + r * stride + k / 2,
+              pairs(load_upto(at, n), n > L ? load_upto(at + L, n - L) : Vec<A>{}));
+      }
+    return {reinterpret_cast<const bfloat16*>(room), 2 * stride, (left.depth + 1) / 2};
+  }
+  static Columns<bfloat16x2> gathered(Columns<A> left, int64_t rows, int64_t, bfloat16x2* room) {
+    const int64_t stride = (rows + L - 1) / L * L, depth = (left.depth + 1) / 2;
+    for (int64_t k = 0; k < depth; k++)
+      for (int64_t r = 0; r < rows; r += L) {
+        const auto part = [&](int64_t i) {
+          return i < left.depth ? load_upto(left.at + i * left.stride + r, rows - r) : Vec<A>{};
+        };
+        store(room + k * stride + r, zip(part(2 * k), part(2 * k + 1)));
+      }
+    return {room, stride, depth};
+  }
+#endif
 
   // Tile after tile from the first column to the last, so that out is written in order.
   void add_rows(const Block& b) const {

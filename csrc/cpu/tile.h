@@ -57,6 +57,7 @@ struct Rows<bfloat16x2> {
     __builtin_memcpy(&pair, at + row * stride + 2 * k, sizeof pair);
     return pair;
   }
+  Rows from(int64_t row, int64_t k, int64_t n) const { return {at + row * stride + 2 * k, stride, n}; }
   template <int R>
   LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
 #pragma GCC unroll 16

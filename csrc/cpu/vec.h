@@ -273,6 +273,22 @@ LSTMFUSED_INLINE Vec<bfloat16x2> broadcast(bfloat16x2 x) {
 LSTMFUSED_INLINE void multiply_add(Vec<float>& sum, Vec<bfloat16x2> a, Vec<bfloat16x2> b) {
   sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
+
+// Pairs of 32 numbers that follow each other, rounded.
+LSTMFUSED_INLINE Vec<bfloat16x2> pairs(Vec<float> first, Vec<float> second) {
+  return (Vec<bfloat16x2>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+// Pairs of one number from each, rounded.
+LSTMFUSED_INLINE Vec<bfloat16x2> zip(Vec<float> first, Vec<float> second) {
+  const auto round = [](Vec<float> v) {
+    return __builtin_convertvector((HalfBits)_mm512_cvtneps_pbh((__m512)v), WordBits);
+  };
+  return round(first) | round(second) << 16;
+}
+// Of numbers that are bfloat16 already.
+LSTMFUSED_INLINE Vec<bfloat16x2> zip_exact(Vec<float> first, Vec<float> second) {
+  return (WordBits)first >> 16 | (WordBits)second;
+}
 #endif
 
 // ---------------------------------------------------------------------------------------------------
