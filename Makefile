@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 # What the README shows.
 RESULT ?= benchmarks/results/amd-epyc-20261125.json
+# Of python -m benchmarks --full, for its targets; there is none yet.
+FULL   ?=
 
 PY      := $(VENV)/bin/python
+REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: bench test kernels lint format readme clean
@@ -25,17 +28,17 @@ lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp tests/*.h
-	$(PY) -m benchmarks.report $(RESULT) --check
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
+	$(REPORT) --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
 
 # The README's tables and picture: from the committed results, and of what torch can do with a cell.
 readme: $(VENV)/built
-	$(PY) -m benchmarks.report $(RESULT) --readme README.md --plot benchmarks/results/speedup.png
+	$(REPORT) --readme README.md --plot benchmarks/results/speedup.png
 	$(PY) -m benchmarks.abilities --readme README.md
 
 clean:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 import lstmfused
 
@@ -20,6 +25,7 @@ class Contestant:
     """Computes one step; `forward` binds it to the tensors of a problem."""
 
     name: str
+    computes = True  # and is therefore verified
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine."""
@@ -30,6 +36,10 @@ class Contestant:
 
     def forward(self, problem: Problem) -> Forward:
         raise NotImplementedError
+
+    def context(self) -> AbstractContextManager[None]:
+        """What its calls run in; entered once for many."""
+        return nullcontext()
 
 
 def bind(cell: type[torch.nn.LSTMCell], problem: Problem) -> torch.nn.Module:
@@ -50,6 +60,99 @@ class Fused(Contestant):
 
     def forward(self, problem: Problem) -> Forward:
         return call(bind(lstmfused.LSTMCell, problem), problem)
+
+
+class FusedFloat32(Contestant):
+    """What bfloat16 is to be faster than: the same numbers in float32."""
+
+    name = "lstmfused float32"
+
+    def supports(self, case: Case) -> bool:
+        return case.mode == "inference" and case.dtype == "bfloat16"
+
+    def forward(self, problem: Problem) -> Forward:
+        cell = lstmfused.LSTMCell(*problem.case.shape[:2])
+        cell.load_state_dict(problem.parameters)  # widened
+        input, hx, cx = (leaf.detach().float() for leaf in (problem.input, problem.hx, problem.cx))
+        return lambda: cell(input, (hx, cx))
+
+
+class Later(Contestant):
+    """Of a function that not every version of lstmfused has."""
+
+    function: str
+
+    def missing(self) -> str | None:
+        return None if hasattr(lstmfused, self.function) else f"no lstmfused.{self.function}"
+
+    def supports(self, case: Case) -> bool:
+        return case.mode == "inference" and case.dtype == "float32"
+
+
+class Frozen(Later):
+    name, function = "lstmfused frozen", "freeze"
+
+    def supports(self, case: Case) -> bool:
+        return super().supports(case) and 2 <= case.batch <= 64
+
+    def forward(self, problem: Problem) -> Forward:
+        freeze: Any = lstmfused.freeze  # type: ignore[attr-defined]
+        return call(freeze(bind(lstmfused.LSTMCell, problem)), problem)
+
+
+class BatchInvariant(Later):
+    name, function = "lstmfused batch invariant", "batch_invariant"
+
+    def forward(self, problem: Problem) -> Forward:
+        return Fused().forward(problem)
+
+    def context(self) -> AbstractContextManager[None]:
+        entered: AbstractContextManager[None]
+        entered = lstmfused.batch_invariant()  # type: ignore[attr-defined]
+        return entered
+
+
+class AllocateCell(lstmfused.LSTMCell):
+    step: Any
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        p: dict[str, Any] = self._parameters
+        h, c = hx or (None, None)
+        weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+        output: tuple[Tensor, Tensor] = self.step(input, h, c, *weights)
+        return output
+
+
+class Allocate(Contestant):
+    """An operator in a module, as the cell is one, that allocates h' and c' and computes nothing:
+    what a call costs at least."""
+
+    name = "allocate"
+    computes = False
+
+    def missing(self) -> str | None:
+        if not hasattr(AllocateCell, "step"):
+            os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja's
+            source = Path(__file__).with_name("allocate.cpp")
+            folder = source.parents[1] / "build" / "allocate"
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                extension: Any = cpp_extension.load(
+                    "allocate", [str(source)], extra_cflags=["-O2"], build_directory=str(folder)
+                )
+            except (OSError, RuntimeError) as error:
+                return f"benchmarks/allocate.cpp does not compile ({str(error).splitlines()[0]})"
+            AllocateCell.step = staticmethod(extension.lstm_cell)
+        return None
+
+    def supports(self, case: Case) -> bool:
+        small = case.shape.units <= 64 and case.batch <= 8
+        return small and case.mode == "inference" and case.dtype == "float32"
+
+    def forward(self, problem: Problem) -> Forward:
+        return call(bind(AllocateCell, problem), problem)
 
 
 class Torch(Contestant):
@@ -155,14 +258,29 @@ class OnnxRuntime(Contestant):
         return bytes(model.SerializeToString())
 
 
-CONTESTANTS = ("lstmfused", "torch", "compile", "onnxruntime")
+CONTESTANTS = ("lstmfused", "torch", "compile", "onnxruntime")  # of the default run
+# Of the full run; torch.compile's compilations would take most of it.
+FULL_CONTESTANTS = (
+    "lstmfused",
+    "torch",
+    "onnxruntime",
+    "lstmfused float32",
+    "lstmfused frozen",
+    "lstmfused batch invariant",
+    "allocate",
+)
 
 
 def contestants(names: tuple[str, ...], compile_everywhere: bool = False) -> list[Contestant]:
     """Those of `names` that this machine can run; says which it leaves out, and why."""
-    known = (Fused(), Torch(), Compile(compile_everywhere), OnnxRuntime())
-    chosen = [contestant for contestant in known if contestant.name in names]
-    for contestant in chosen:
+    own = (Fused(), FusedFloat32(), Frozen(), BatchInvariant())
+    known = (*own, Torch(), Compile(compile_everywhere), OnnxRuntime(), Allocate())
+    chosen: list[Contestant] = []
+    for contestant in known:
+        if contestant.name not in names:
+            continue
         if reason := contestant.missing():
             print(f"{reason}: {contestant.name} left out")
-    return [contestant for contestant in chosen if not contestant.missing()]
+        else:
+            chosen.append(contestant)
+    return chosen

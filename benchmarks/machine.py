@@ -23,13 +23,16 @@ def output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
+def cpuinfo() -> str:
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
+
+
 def processor() -> str:
     if platform.system() == "Darwin":
         name = output("sysctl", "-n", "machdep.cpu.brand_string")
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        text = cpuinfo.read_text() if cpuinfo.exists() else ""
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
         name = found and found[1]
     return name or platform.processor() or platform.machine()
 

@@ -20,6 +20,10 @@ NAMES = {
     "torch": "nn.LSTMCell",
     "compile": "torch.compile(nn.LSTMCell)",
     "onnxruntime": "ONNX Runtime",
+    "lstmfused float32": "lstmfused in float32",
+    "lstmfused frozen": "lstmfused, frozen",
+    "lstmfused batch invariant": "lstmfused, batch-invariant",
+    "allocate": "an operator that only allocates",
 }
 
 
@@ -186,6 +190,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="README.md")
+    parser.add_argument(
+        "--full", type=Path, metavar="FULL.json", help="a --full run's: the targets' table, too"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="redraw the picture, too")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if the README is out of date"
@@ -194,9 +201,15 @@ def main() -> int:
     result = json.loads(args.result.read_text(encoding="utf-8"))
     old = args.readme.read_text(encoding="utf-8")
     new = insert(old, markdown(result))
+    if args.full:
+        from . import targets
+
+        full = json.loads(args.full.read_text(encoding="utf-8"))
+        new = insert(new, targets.markdown(full), "targets")
     if args.check:
         if new != old:
-            print(f"{args.readme} is not what {args.result} says: run this without --check")
+            files = " and ".join(map(str, filter(None, (args.result, args.full))))
+            print(f"{args.readme} is not what {files} says: run this without --check")
         return int(new != old)
     args.readme.write_text(new, encoding="utf-8")
     if args.plot:

@@ -6,6 +6,9 @@
  * also end together and their rates add up. */
 #include <stdint.h>
 #include <time.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VECTOR 64
@@ -48,6 +51,27 @@ static double now(void) {
 
 PEAK(peak_float32, float)
 PEAK(peak_float64, double)
+
+#ifdef __AVX512BF16__
+/* the same of dot products of pairs; an accumulator grows until adding no longer changes it */
+double peak_bfloat16(double seconds) {
+  enum { STEPS = 100000, LANES = 32 };
+  __m512 x[CHAINS];
+  const __m512bh half = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(0.5f));
+  for (int chain = 0; chain < CHAINS; ++chain) x[chain] = _mm512_set1_ps((float)chain);
+  double start = now(), elapsed, flops = 0;
+  do {
+    for (int step = 0; step < STEPS; ++step)
+      for (int chain = 0; chain < CHAINS; ++chain) x[chain] = _mm512_dpbf16_ps(x[chain], half, half);
+    flops += 2.0 * STEPS * CHAINS * LANES;
+    elapsed = now() - start;
+  } while (elapsed < seconds);
+  for (int chain = 1; chain < CHAINS; ++chain) x[0] += x[chain];
+  volatile float used = x[0][0];
+  (void)used;
+  return flops / elapsed;
+}
+#endif
 
 /* bytes/s of reading `bytes` at `data` again and again; whole passes over blocks of 8 vectors */
 double bandwidth(const void* data, int64_t bytes, double seconds) {

@@ -14,6 +14,7 @@ from threading import Barrier
 
 import torch
 
+from . import machine
 from .shapes import Case
 
 FLAGS = {"AVX512": ["-mavx512f"], "AVX2": ["-mavx2", "-mfma"]}
@@ -41,7 +42,9 @@ class Roofline:
         """Microseconds no implementation can beat.
 
         The bandwidth is that of the largest measured working set not above the case's own.
-        Half precision is held to the float32 peak: what accumulates in float32 can do that.
+        bfloat16 is held to the peak of its dot products where the processor has them, half
+        precision otherwise to the float32 peak: what accumulates in float32 can do that. AMX is not
+        looked at.
         """
         peak = self.peak.get(case.dtype, self.peak["float32"])
         size = max((s for s in SIZES if s <= case.bytes), default=SIZES[0])
@@ -50,16 +53,26 @@ class Roofline:
 
 def build(folder: Path) -> ctypes.CDLL:
     source, library = Path(__file__).with_name("roofline.c"), folder / "roofline.so"
-    flags = FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = FLAGS.get(capability, [])
+    if capability == "AVX512" and "avx512_bf16" in machine.cpuinfo():
+        flags = [*flags, "-mavx512bf16"]
     command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", *flags, "-o"]
     subprocess.run([*command, str(library), str(source)], check=True, capture_output=True)
     loaded = ctypes.CDLL(str(library))
     loaded.bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
-    for function in (loaded.peak_float32, loaded.peak_float64):
-        function.argtypes = [ctypes.c_double]
-    for function in (loaded.peak_float32, loaded.peak_float64, loaded.bandwidth):
-        function.restype = ctypes.c_double
+    loaded.bandwidth.restype = ctypes.c_double
     return loaded
+
+
+def peaks(library: ctypes.CDLL) -> dict[str, Callable[[float], float]]:
+    """By dtype: those that the library was compiled with."""
+    found = {}
+    for dtype in ("float32", "float64", "bfloat16"):
+        if function := getattr(library, f"peak_{dtype}", None):
+            function.argtypes, function.restype = [ctypes.c_double], ctypes.c_double
+            found[dtype] = function
+    return found
 
 
 def rate(threads: int, worker: Callable[[], Callable[[], float]]) -> float:
@@ -87,8 +100,7 @@ def roofline(threads: int) -> Roofline | None:
             print(f"no C compiler for the roofline, its columns stay empty: {error}")
             return None
 
-    def peak(dtype: str) -> Callable[[], Callable[[], float]]:
-        function = getattr(library, f"peak_{dtype}")
+    def peak(function: Callable[[float], float]) -> Callable[[], Callable[[], float]]:
         return lambda: lambda: function(SECONDS)
 
     def read(size: int) -> Callable[[], Callable[[], float]]:
@@ -99,6 +111,6 @@ def roofline(threads: int) -> Roofline | None:
         return worker
 
     return Roofline(
-        {dtype: rate(threads, peak(dtype)) for dtype in ("float32", "float64")},
+        {dtype: rate(threads, peak(function)) for dtype, function in peaks(library).items()},
         {size: rate(threads, read(size)) for size in SIZES},
     )

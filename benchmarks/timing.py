@@ -6,7 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from statistics import quantiles
@@ -75,19 +75,27 @@ def by_turns(
 
 
 def measure(
-    steps: Mapping[str, Callable[[], object]], seconds: float, seed: int = 0
+    steps: Mapping[str, Callable[[], object]],
+    seconds: float,
+    seed: int = 0,
+    contexts: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
 ) -> dict[str, Timing]:
-    """Round-robin in random order for about `seconds`."""
+    """Round-robin in random order for about `seconds`, each in its own of the `contexts`."""
     deadline = time.perf_counter() + seconds
+    contexts = contexts or {}
     with no_gc():
-        calls = {name: calls_per_round(step) for name, step in steps.items()}
+        calls = {}
+        for name, step in steps.items():
+            with contexts.get(name, nullcontext)():
+                calls[name] = calls_per_round(step)
 
         def sampler(name: str) -> Callable[[], float]:
             def sample() -> float:
                 time.sleep(PAUSE)
-                if calls[name] > 1:
-                    steps[name]()  # wakes the workers and fetches the weights
-                return timed(steps[name], calls[name]) / calls[name] * 1e6
+                with contexts.get(name, nullcontext)():
+                    if calls[name] > 1:
+                        steps[name]()  # wakes the workers and fetches the weights
+                    return timed(steps[name], calls[name]) / calls[name] * 1e6
 
             return sample
 
