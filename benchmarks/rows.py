@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -41,13 +43,16 @@ def steps(field: list[Contestant], problem: Problem) -> tuple[dict[str, Forward]
     return right, broken
 
 
+def contexts(field: list[Contestant]) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+    return {contestant.name: contestant.context for contestant in field}
+
+
 def row(case: Case, field: list[Contestant], seconds: float, seed: int) -> dict[str, Any]:
     """Times in microseconds; `speedup` is lstmfused over each peer."""
     torch.set_num_threads(case.threads)
     with torch.set_grad_enabled(case.mode != "inference"):
         right, broken = steps(field, Problem(case, seed))
-        contexts = {contestant.name: contestant.context for contestant in field}
-        timings = measure(right, seconds, seed, contexts)
+        timings = measure(right, seconds, seed, contexts(field))
     median = {name: timing.median for name, timing in timings.items()}
     own = median.get("lstmfused")
     return {
@@ -93,7 +98,7 @@ def overhead(field: list[Contestant], threads: int, seed: int) -> dict[str, Any]
     with torch.no_grad():
         right, _ = steps(field, problem)
         calls = {"empty nn.Module": lambda: empty(input, hx), **right}
-        timings = measure(calls, seconds=3, seed=seed)
+        timings = measure(calls, seconds=3, seed=seed, contexts=contexts(field))
     floor = timings["empty nn.Module"].median
     return {
         "threads": threads,
