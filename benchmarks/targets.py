@@ -159,10 +159,10 @@ def found(target: Target, result: Row) -> list[Found]:
     return sorted(rows, key=lambda entry: entry.ratio)
 
 
-def shown(target: Target, ratio: float) -> str:
+def shown(target: Target, ratio: float, digits: str = ".2f") -> str:
     if target.form == "share":
         return f"{ratio:.0%}"
-    return f"{1 / ratio if target.form == 'cost' else ratio:.2f}x"
+    return f"{1 / ratio if target.form == 'cost' else ratio:{digits}}x"
 
 
 def both(target: Target, ratios: list[float]) -> str:
@@ -172,9 +172,9 @@ def both(target: Target, ratios: list[float]) -> str:
 
 def goal(target: Target) -> str:
     bound = "at most " if target.form == "cost" else ""
-    parts = [] if target.mean is None else [f"mean {bound}{shown(target, target.mean)}"]
+    parts = [] if target.mean is None else [f"mean {bound}{shown(target, target.mean, 'g')}"]
     if target.each is not None:
-        parts.append(f"every row {bound}{shown(target, target.each)}")
+        parts.append(f"every row {bound}{shown(target, target.each, 'g')}")
     return ", ".join(parts)
 
 
@@ -199,13 +199,16 @@ def shares(rows: list[Found]) -> str:
     )
 
 
+def size(value: float) -> str:
+    return f"{value / 2**10:.4g} KiB" if value < 2**20 else f"{value / 2**20:.4g} MiB"
+
+
 def named(target: Target, entry: Found) -> str:
     row, measured = entry.row, amounts(entry.row)
 
     def amount(name: str) -> str:
         value = measured[name]
-        text = f"{value / 1024:.4g} KiB" if "bytes" in row else duration(value)
-        return f"{NAMES.get(name, name)} {text}"
+        return f"{NAMES.get(name, name)} {size(value) if 'bytes' in row else duration(value)}"
 
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
     details = [amount(target.subject), amount(target.peer)]
