@@ -38,9 +38,12 @@ class WrongResult(Exception):
 
 
 class Problem:
-    """Inputs, weights and output gradients of one case; all contestants share these leaves."""
+    """Inputs, weights and output gradients of one case; all contestants share these leaves.
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    Of a sequence, `steps` are taken, each on the same input.
+    """
+
+    def __init__(self, case: Case, seed: int = 0, steps: int = 1) -> None:
         inputs, units = case.shape[:2]
         batch, dtype = case.batch, getattr(torch, case.dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -52,7 +55,7 @@ class Problem:
             uniform = torch.rand(size, generator=generator) * 2 - 1
             return torch.nn.Parameter((uniform * units**-0.5).to(dtype))
 
-        self.case = case
+        self.case, self.steps = case, steps
         self.input = normal(batch, inputs).requires_grad_()
         self.hx = normal(batch, units).tanh().requires_grad_()
         self.cx = normal(batch, units).requires_grad_()
@@ -100,7 +103,14 @@ class Problem:
         }
         wide.grad_outputs = self.grad_outputs[0].double(), self.grad_outputs[1].double()
         input, hx, cx, *weights = leaves.values()
-        h, c = wide.step(lambda: reference.lstm_cell(input, (hx, cx), *weights))()
+
+        def forward() -> tuple[Tensor, Tensor]:
+            state = hx, cx
+            for _ in range(self.steps):
+                state = reference.lstm_cell(input, state, *weights)
+            return state
+
+        h, c = wide.step(forward)()
         gradients = {f"grad {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
         return {"h": h.detach(), "c": c.detach(), **gradients}
 
@@ -110,7 +120,8 @@ def verify(name: str, problem: Problem, step: Forward) -> None:
     h, c = step()
     got: dict[str, Tensor | None] = {"h": h.detach(), "c": c.detach()}
     got |= {f"grad {leaf}": tensor.grad for leaf, tensor in problem.leaves.items()}
-    tolerance = TOLERANCE[h.dtype] * max(1.0, sum(problem.case.shape[:2]) / TERMS) ** 0.5
+    terms = problem.steps * max(1.0, sum(problem.case.shape[:2]) / TERMS)
+    tolerance = TOLERANCE[h.dtype] * terms**0.5
     tolerance *= 1 if name.startswith("lstmfused") else PEER_FACTOR
     for key, expected in problem.expected.items():
         value = got[key]

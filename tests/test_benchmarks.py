@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are run from the repository, not installed
 pytest.importorskip("tqdm")
 
-from benchmarks import report  # noqa: E402
+from benchmarks import compiled, machine, report  # noqa: E402
 from benchmarks.contestants import Contestant, Fused, OnnxRuntime, Torch  # noqa: E402
 from benchmarks.roofline import SIZES, Roofline  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
@@ -162,6 +162,31 @@ def test_report(result: Path, tmp_path: Path) -> None:
 def test_report_needs_markers() -> None:
     with pytest.raises(SystemExit, match="benchmark:begin"):
         report.insert("a README without them", "text")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # which torch's compiler does
+@pytest.mark.parametrize("steps", [1, 3])
+def test_compiled(steps: int) -> None:
+    rows = [compiled.row(case(mode), steps, seconds=0.1, backend="aot_eager") for mode in MODES]
+    for row in rows:
+        times = {name: timing["median"] for name, timing in row["microseconds"].items()}
+        assert set(times) == {"eager", "compiled", "eager, then floor"}
+        assert row["floor"] > 0
+        assert row["over_eager"] == pytest.approx(times["compiled"] / times["eager"])
+        both = times["eager, then floor"]
+        assert row["over_eager_and_floor"] == pytest.approx(times["compiled"] / both)
+    text = compiled.summary({**machine.describe(), "rows": rows})
+    assert torch.__version__ in text and machine.processor() in text
+    assert len(re.findall(rf"^\| 3→5 +\| +7 \| +{steps} \|", text, re.MULTILINE)) == len(MODES)
+
+
+def test_compiled_refuses_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(module: torch.nn.Module, **options: object) -> Callable[..., tuple[object, ...]]:
+        return lambda *arguments: tuple(2 * t for t in module(*arguments))
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    with pytest.raises(WrongResult, match="h is off"):
+        compiled.row(case("inference"), seconds=0)
 
 
 def test_calls_against_another_checkout(tmp_path: Path) -> None:
