@@ -81,7 +81,7 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         return str(target)
 
 
-SOURCES = ["ops", "checks", "autograd", "cpu/lstm_cpu", *(["cuda/lstm_cuda"] if NVCC else [])]
+SOURCES = ["ops", "checks", "autograd", "frozen", "cpu/lstm_cpu", *(["cuda/lstm_cuda"] if NVCC else [])]
 
 setup(
     ext_modules=[

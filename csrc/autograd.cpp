@@ -3,11 +3,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include "batch.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -104,30 +104,22 @@ bool in_transform() {
       {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
 }
 
-// Ranks and the absent state are the same for every path: body gets batched arguments, checked.
+// body gets batched arguments, checked.
 template <class Body>
-State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                 const OptionalTensor& bias_hh, const Body& body) {
-  check_ranks(input, hx, cx);
-  const bool batched = input.dim() == 2;
-  const Tensor x = batched ? input : input.unsqueeze(0);
-  Tensor h, c;
-  if (hx) {
-    h = batched ? *hx : hx->unsqueeze(0);
-    c = batched ? *cx : cx->unsqueeze(0);
-  } else {
-    h = c = at::zeros_symint({x.sym_size(0), weight_hh.sym_size(-1)}, x.options());
-  }
-  check_step(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-  State next = body(x, h, c);
-  if (batched) return next;
-  return {std::get<0>(next).squeeze(0), std::get<1>(next).squeeze(0)};
+State checked(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+              const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+              const OptionalTensor& bias_hh, const Body& body) {
+  return with_batch(
+      input, hx, cx, [&] { return weight_hh.sym_size(-1); },
+      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+        check_step(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+        return body(x, h, c);
+      });
 }
 
 State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
            const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  return with_batch(
+  return checked(
       input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
       [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
         const auto any = [&](auto&& property) {
@@ -176,8 +168,8 @@ State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh) {
-  with_batch(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-             [](const Tensor& x, const Tensor& h, const Tensor&) -> State { return {h, h}; });
+  checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+          [](const Tensor& x, const Tensor& h, const Tensor&) -> State { return {h, h}; });
 }
 
 }  // namespace lstmfused

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "lstm.h"
+
 namespace lstmfused {
 namespace {
 
@@ -25,14 +27,15 @@ void check_shape(const char* name, const Tensor& tensor, const Size& rows, const
               tensor.sym_sizes());
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& input) {
+void check_like(const char* name, const Tensor& tensor, const Tensor& input, const char* like = "input") {
   TORCH_CHECK(tensor.layout() == at::kStrided, "lstm_cell: expected ", name,
               " to be a dense tensor, got layout ", tensor.layout());
   TORCH_CHECK(tensor.device() == input.device(),
               "Expected all tensors to be on the same device, but found at least two devices, ",
               input.device(), " and ", tensor.device(), "! (", name, " in lstm_cell)");
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "lstm_cell: expected ", name,
-              " to have the dtype of input, ", input.scalar_type(), ", but got ", tensor.scalar_type());
+              " to have the dtype of ", like, ", ", input.scalar_type(), ", but got ",
+              tensor.scalar_type());
 }
 
 template <class Sizes, class Size>
@@ -45,19 +48,28 @@ void check_state(int index, const Tensor& state, const Tensor& input, const Size
               state.sym_size(1), ", expected ", units);
 }
 
-template <class Sizes>
-void check_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+void check_batched(const Tensor& input, const Tensor& hx, const Tensor& cx) {
   TORCH_CHECK(input.dim() == 2 && hx.dim() == 2 && cx.dim() == 2,
               "lstm_cell: expected input, hx and cx of shape [batch, ...], got ", input.sym_sizes(), ", ",
               hx.sym_sizes(), " and ", cx.sym_sizes());
+}
+
+template <class Sizes, class Size>
+void check_input_size(const Tensor& input, const Size& expected) {
+  TORCH_CHECK(Sizes::size(input, 1) == expected, "input has inconsistent input_size: got ",
+              input.sym_size(1), " expected ", expected);
+}
+
+bool symbolic(const Tensor& t) { return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
+
+template <class Sizes>
+void check_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  check_batched(input, hx, cx);
   TORCH_CHECK(weight_hh.dim() == 2, "lstm_cell: expected weight_hh of shape [4 * units, units], got ",
               weight_hh.sym_sizes());
   const auto units = Sizes::size(weight_hh, 1);
-  if (weight_ih.dim() == 2)
-    TORCH_CHECK(Sizes::size(input, 1) == Sizes::size(weight_ih, 1),
-                "input has inconsistent input_size: got ", input.sym_size(1), " expected ",
-                weight_ih.sym_size(1));
+  if (weight_ih.dim() == 2) check_input_size<Sizes>(input, Sizes::size(weight_ih, 1));
   check_state<Sizes>(0, hx, input, units);
   check_state<Sizes>(1, cx, input, units);
   check_shape<Sizes>("weight_ih", weight_ih, units * 4, Sizes::size(input, 1));
@@ -80,6 +92,15 @@ void check_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, const 
   check_bias("bias_hh", bias_hh);
 }
 
+template <class Sizes>
+void check_frozen_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, int64_t inputs,
+                        int64_t units) {
+  check_batched(input, hx, cx);
+  check_input_size<Sizes>(input, inputs);
+  check_state<Sizes>(0, hx, input, units);
+  check_state<Sizes>(1, cx, input, units);
+}
+
 }  // namespace
 
 void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx) {
@@ -96,14 +117,39 @@ void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTe
 
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const auto symbolic = [](const Tensor& t) {
-    return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  };
   const bool any = symbolic(input) || symbolic(hx) || symbolic(cx) || symbolic(weight_ih) ||
                    symbolic(weight_hh) || (bias_ih && symbolic(*bias_ih)) ||
                    (bias_hh && symbolic(*bias_hh));
   const auto check = any ? check_sizes<Symbols> : check_sizes<Numbers>;
   check(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+}
+
+void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units) {
+  const bool any = symbolic(input) || symbolic(hx) || symbolic(cx);
+  const auto check = any ? check_frozen_sizes<Symbols> : check_frozen_sizes<Numbers>;
+  check(input, hx, cx, inputs, units);
+  const int64_t padded = (units + kFrozenMultiple - 1) / kFrozenMultiple * kFrozenMultiple;
+  const auto check_packed = [](const char* name, const Tensor& tensor, int64_t size) {
+    TORCH_CHECK(tensor.dim() == 1 && tensor.sym_size(0) == size, "lstm_cell_frozen: expected ", name,
+                " of shape [", size, "], got ", tensor.sym_sizes());
+  };
+  check_packed("weight", weight, 4 * padded * (inputs + units));
+  check_packed("bias", bias, 4 * padded);
+  const at::ScalarType dtype = weight.scalar_type();
+  const bool scaled = scale && scale->defined();
+  TORCH_CHECK(
+      bias.scalar_type() == at::kFloat && scaled == (dtype == at::kChar) &&
+          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kChar),
+      "lstm_cell_frozen: expected bias in float32 and weight in float32, bfloat16 or, with a scale, "
+      "int8, got ",
+      bias.scalar_type(), " and ", dtype, ": a frozen cell keeps the dtypes that it was made with");
+  check_like("input", input, bias, "bias");
+  check_like("hx[0]", hx, bias, "bias");
+  check_like("hx[1]", cx, bias, "bias");
+  if (!scaled) return;
+  check_packed("scale", *scale, 4 * padded);
+  check_like("scale", *scale, bias, "bias");
 }
 
 void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,

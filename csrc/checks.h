@@ -13,6 +13,10 @@ void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTe
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 
+// One step on batched tensors from packed weights, as frozen.cpp has them.
+void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units);
+
 // What the backward step gets beside the arguments of the step.
 void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
                     const Tensor& cx);

@@ -48,6 +48,28 @@ struct Forward {
   bool batch_invariant;  // a row's result depends on nothing but the row
 };
 
+// A step from packed weights of type W, float, bfloat16 or int8_t; everything else is float. Units come in
+// blocks of kFrozenUnits, one behind the other; the last may be narrower, filled up with zeros to a
+// multiple of kFrozenMultiple. This does not depend on the instruction set: what is packed on one machine
+// runs on another.
+constexpr int kFrozenUnits = 16, kFrozenMultiple = 4;
+
+template <class W>
+struct Frozen {
+  int64_t B, I, H;
+  const float* input;  // (B, I)
+  int64_t input_stride;
+  const float* hx;  // (B, H)
+  int64_t hx_stride;
+  const float* cx;  // (B, H)
+  int64_t cx_stride;
+  const W* weight;     // of each block (I + H, 4, units): the rows of the input, then those of the state
+  const float* scale;  // of each block (4, units), by which the sums are multiplied, or null
+  const float* bias;   // of each block (4, units), both summed
+  float* h;            // (B, H)
+  float* c;            // (B, H)
+};
+
 // X is the type of the gate gradients, a left factor: the CPU's kernels want it widened, CUDA's do not.
 template <class T, class X = Accumulate<T>>
 struct Backward {

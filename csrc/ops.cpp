@@ -3,6 +3,7 @@
 //   lstm_cell            the step, differentiable, batched or not     autograd.cpp
 //   lstm_cell_forward    the step on batched tensors                  cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_backward   its gradients                                cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -34,6 +35,10 @@ TORCH_LIBRARY(lstmfused, m) {
       "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lstm_cell_frozen(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
+      "int input_size, int hidden_size) -> (Tensor h, Tensor c)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -72,6 +77,13 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 
+State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                       int64_t input_size, int64_t hidden_size) {
+  LSTMFUSED_HANDLE(lstm_cell_frozen);
+  return handle.call(input, hx, cx, weight, bias, scale, input_size, hidden_size);
+}
+
 }  // namespace lstmfused
 
 // The eager way in: half the cost of torch.ops, the same operator.
@@ -79,9 +91,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_cell", &lstmfused::lstm_cell, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("lstm_cell_frozen", &lstmfused::lstm_cell_frozen,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("batch_invariant", &lstmfused::batch_invariant);
   m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
+  m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
   m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
 #ifdef LSTMFUSED_CUDA
   m.attr("cuda_architectures") = LSTMFUSED_CUDA;

@@ -28,6 +28,11 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
                              const Tensor& weight_ih, const Tensor& weight_hh,
                              std::array<bool, 7> output_mask);
 
+// From packed weights; what they are is told in frozen.cpp.
+State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                       int64_t input_size, int64_t hidden_size);
+
 // The step in torch's own differentiable operators, for the derivatives that the kernels do not compute
 // (forward mode, gradients of gradients) and for weights that differ from batch to batch: every argument
 // may have a further dimension in front.
@@ -43,5 +48,9 @@ void set_batch_invariant(bool on);
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh);
+
+void check_lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                            const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                            int64_t input_size, int64_t hidden_size);
 
 }  // namespace lstmfused

@@ -18,6 +18,26 @@ def lstm_cell(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
+def lstm_cell_frozen(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+) -> tuple[Tensor, Tensor]: ...
+def check_lstm_cell_frozen(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+) -> None: ...
 def check_lstm_cell(
     input: Tensor,
     hx: Tensor | None,

@@ -75,6 +75,14 @@ def _fake_backward(
     )
 
 
+def _fake_frozen(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *packed: Any
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell_frozen(input, hx, cx, *packed)
+    shape = (*input.shape[:-1], packed[-1])
+    return input.new_empty(shape), input.new_empty(shape)
+
+
 def _rounded(t: Tensor | None, dtype: torch.dtype) -> Any:
     """What autocast does to an argument."""
     return t if t is None or t.dtype == torch.float64 else t.to(dtype)
@@ -121,6 +129,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
 
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
+torch.library.register_fake("lstmfused::lstm_cell_frozen", _fake_frozen)
 torch.library.register_vmap("lstmfused::lstm_cell", _vmap)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _has_torch_function_variadic
@@ -9,6 +11,16 @@ from torch._C import _has_torch_function_variadic
 from ._ops import _C
 
 __all__ = ["lstm_cell"]
+
+
+def bad_state(hx: Any) -> Exception:
+    """What to say about a state that is no pair."""
+    if not isinstance(hx, Tensor):
+        return RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    return TypeError(
+        "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
+        f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
+    )
 
 
 def lstm_cell(
@@ -54,13 +66,8 @@ def lstm_cell(
     """
     if hx is None:
         h = c = None
-    elif isinstance(hx, Tensor):
-        raise TypeError(
-            "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
-            f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
-        )
-    elif len(hx) != 2:
-        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    elif isinstance(hx, Tensor) or len(hx) != 2:
+        raise bad_state(hx)
     else:
         h, c = hx
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "frozen.h"
 
 #define LSTMFUSED_TEXT(x) #x
 #define LSTMFUSED_STRING(x) LSTMFUSED_TEXT(x)
@@ -16,8 +17,14 @@ static constexpr CellKernels<T> cell_kernels() {
 }
 
 const Kernels LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = {
-    LSTMFUSED_STRING(LSTMFUSED_ISA), cell_kernels<float>(),   cell_kernels<double>(),
-    cell_kernels<bfloat16>(),        cell_kernels<float16>(),
+    LSTMFUSED_STRING(LSTMFUSED_ISA),
+    cell_kernels<float>(),
+    cell_kernels<double>(),
+    cell_kernels<bfloat16>(),
+    cell_kernels<float16>(),
+    LSTMFUSED_VARIANT::forward_frozen<float>,
+    LSTMFUSED_VARIANT::forward_frozen<bfloat16>,
+    LSTMFUSED_VARIANT::forward_frozen<int8_t>,
 };
 
 }  // namespace lstmfused

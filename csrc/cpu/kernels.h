@@ -21,12 +21,18 @@ struct CellKernels {
   void (*backward)(const Backward<T>&, const Pool&);
 };
 
+template <class W>
+using FrozenKernel = void (*)(const Frozen<W>&, const Pool&);
+
 struct Kernels {
   const char* name;
   CellKernels<float> f32;
   CellKernels<double> f64;
   CellKernels<bfloat16> bf16;
   CellKernels<float16> f16;
+  FrozenKernel<float> frozen_f32;
+  FrozenKernel<bfloat16> frozen_bf16;
+  FrozenKernel<int8_t> frozen_i8;
 };
 
 // The same source, kernels.cpp, compiled for several instruction sets.

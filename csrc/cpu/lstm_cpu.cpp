@@ -65,7 +65,11 @@ int64_t cache_size() {
   return 1 << 20;
 }
 
+}  // namespace
+
 Pool pool() { return {run, usable_threads(), cache_size()}; }
+
+namespace {
 
 // ---------------------------------------------------------------------------------------------------
 // Tensor -> struct

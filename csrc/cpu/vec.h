@@ -80,6 +80,21 @@ LSTMFUSED_INLINE void store(bfloat16* p, Vec<float> v) {
   *(HalfBitsUnaligned*)p = __builtin_convertvector(rounded, HalfBits);
 }
 
+typedef int8_t ByteInts __attribute__((vector_size(kVectorBytes / 4)));
+typedef int8_t ByteIntsUnaligned __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+
+LSTMFUSED_INLINE Vec<float> load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtepi32_ps(
+      0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  const ByteInts bytes = *(const ByteIntsUnaligned*)p;
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec<float>), Vec<float>);
+#endif
+}
+
 #if defined(__AVX512F__)
 LSTMFUSED_INLINE Vec<float> load(const float16* p) {
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));

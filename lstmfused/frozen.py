@@ -1,0 +1,179 @@
+"""The step for inference alone, from weights that are packed once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import _has_torch_function_variadic
+from torch.nn.functional import pad
+
+from ._ops import _C
+from .functional import bad_state
+from .modules import LSTMCell
+
+__all__ = ["FrozenLSTMCell", "freeze"]
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+UNITS, MULTIPLE = 16, 4  # kFrozenUnits and kFrozenMultiple of csrc/lstm.h
+
+
+class FrozenLSTMCell(nn.Module):
+    r"""An LSTM cell for inference on CPU, with weights packed for its kernel when it is made.
+
+    It computes what the cell it was made from computes now: later changes of that cell do not reach
+    it. It cannot be trained. Weights are packed alike for every instruction set, so what is saved on
+    one machine can be loaded on another.
+
+    Everything but the weights is float32, the sums too. With ``weight_dtype=torch.bfloat16`` each
+    weight is rounded to nearest, off by :math:`2^{-9}` of itself at most. With ``torch.int8`` it is a
+    whole number times a scale of its gate and unit, off by 1/254 of the largest weight of that gate
+    and unit at most.
+
+    Args:
+        cell: a :class:`torch.nn.LSTMCell` or :class:`LSTMCell` of float32 parameters on CPU.
+        weight_dtype: float32, bfloat16 or int8.
+
+    Shape:
+        - input: (B, I) or (I); the batch B may differ from call to call.
+        - hx: the state ``(h, c)``, each (B, H) or (H); ``None`` is a state of zeros.
+        - returns the new state ``(h, c)`` of the same shapes.
+
+    Attributes:
+        weight: packed, flat, of ``weight_dtype``: all of `weight_ih` and `weight_hh`.
+        bias: packed, flat, float32: the sum of both biases, or zeros.
+        scale: packed, flat, float32, by which sums over int8 weights are multiplied; else ``None``.
+
+    Raises:
+        TypeError: ``cell`` is no LSTM cell.
+        ValueError: it has parameters of another dtype or device, parametrized or uninitialized ones,
+            or hooks; or ``weight_dtype`` is none of the three.
+        RuntimeError: in a call, what :class:`LSTMCell` raises; also where a gradient is asked for.
+
+    Example::
+
+        >>> frozen = FrozenLSTMCell(nn.LSTMCell(10, 20))
+        >>> h, c = frozen(torch.randn(3, 10))
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+
+    def __init__(self, cell: nn.LSTMCell, weight_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        weight, bias = _rows(cell)
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"expected weight_dtype to be one of {WEIGHT_DTYPES}, got {weight_dtype}")
+        scale = None
+        if weight_dtype == torch.int8:
+            largest = weight.abs().amax(1, keepdim=True)
+            if not largest.isfinite().all():
+                raise ValueError("weights that are not finite cannot be frozen to int8")
+            scale = largest / 127
+            weight = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        self.input_size, self.hidden_size = cell.input_size, cell.hidden_size
+        self.register_buffer("weight", _packed(weight.to(weight_dtype)))
+        self.register_buffer("bias", _packed(bias))
+        self.register_buffer("scale", None if scale is None else _packed(scale))
+        self.training = False
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if hx is None:
+            h = c = None
+        elif isinstance(hx, Tensor) or len(hx) != 2:
+            raise bad_state(hx)
+        else:
+            h, c = hx
+        step = _C.lstm_cell_frozen
+        if torch.compiler.is_compiling() or _has_torch_function_variadic(input, h, c):
+            step = torch.ops.lstmfused.lstm_cell_frozen  # what a graph or a tensor subclass can see
+        b: dict[str, Any] = self._buffers
+        sizes = self.input_size, self.hidden_size
+        return step(input, h, c, b["weight"], b["bias"], b["scale"], *sizes)
+
+    def initial_state(self, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """A state ``(h, c)`` of zeros, as :meth:`LSTMCell.initial_state` has it."""
+        shape = (self.hidden_size,) if batch_size is None else (batch_size, self.hidden_size)
+        return self.bias.new_zeros(shape), self.bias.new_zeros(shape)
+
+    def train(self, mode: bool = True) -> FrozenLSTMCell:
+        if mode:
+            raise RuntimeError("a frozen LSTM cell cannot be trained: train the cell it was made from")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}, weight_dtype={self.weight.dtype}"
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
+    """A copy of ``model`` for inference on CPU, in which every LSTM cell is frozen.
+
+    Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one that
+    is used in several places one that is shared by them; everything else is deep-copied, and all is
+    in evaluation mode. ``model`` itself is not changed. Subclasses with a ``forward`` of their own
+    are left as they are.
+
+    Args:
+        model: any module, also a cell itself.
+        weight_dtype: of the cells' weights: float32, bfloat16 or int8, whose errors
+            :class:`FrozenLSTMCell` tells.
+
+    Returns:
+        The copy, of the type of ``model``, or a :class:`FrozenLSTMCell` for a cell.
+
+    Raises:
+        ValueError: as :class:`FrozenLSTMCell` does, for any of the cells.
+    """
+    frozen: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if not _is_cell(module):
+            continue
+        try:
+            frozen[id(module)] = FrozenLSTMCell(module, weight_dtype)
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'}: {error}") from None
+    return copy.deepcopy(model, frozen).eval()
+
+
+def _is_cell(module: nn.Module) -> bool:
+    """Whether ``module`` computes what an LSTM cell does, parametrized or not yet initialized, too."""
+    forward = type(module).forward
+    return isinstance(module, nn.LSTMCell) and forward in (nn.LSTMCell.forward, LSTMCell.forward)
+
+
+def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
+    """``[weight_ih | weight_hh]`` (4H, I + H) and the sum of both biases (4H, 1)."""
+    if not isinstance(cell, nn.LSTMCell):
+        raise TypeError(f"expected an nn.LSTMCell or lstmfused.LSTMCell, got {type(cell).__name__}")
+    given = [cell._parameters.get(name) for name in ("weight_ih", "weight_hh")]
+    if not all(type(p) is nn.Parameter for p in given):
+        raise ValueError(
+            "expected a cell whose weights are plain parameters, but they are computed from others "
+            "or uninitialized: remove the parametrization, or call the lazy cell, first"
+        )
+    if cell._forward_hooks or cell._forward_pre_hooks:
+        raise ValueError("the cell has forward hooks, which a frozen cell would not run")
+    for name, p in cell.named_parameters(recurse=False):
+        if p.dtype != torch.float32 or p.device.type != "cpu":
+            raise ValueError(
+                f"expected a cell of torch.float32 on cpu, but {name} is {p.dtype} on {p.device}"
+            )
+    with torch.no_grad():
+        weight = torch.cat([cell.weight_ih, cell.weight_hh], 1)
+        bias = cell.bias_ih + cell.bias_hh if cell.bias else weight.new_zeros(len(weight))
+    return weight, bias.unsqueeze(1)
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """(4H, K), gate by gate -> flat: for each block of units (K, 4, units), filled up with zeros."""
+    units, depth = rows.shape[0] // 4, rows.shape[1]
+    gates = pad(rows.view(4, units, depth), (0, 0, 0, -units % MULTIPLE))
+    return torch.cat([block.permute(2, 0, 1).flatten() for block in gates.split(UNITS, 1)])
