@@ -81,7 +81,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         return str(target)
 
 
-SOURCES = ["ops", "checks", "autograd", "frozen", "cpu/lstm_cpu", *(["cuda/lstm_cuda"] if NVCC else [])]
+SOURCES = ["ops", "checks", "autograd", "frozen", "cpu/lstm_cpu"]
+SOURCES += ["cuda/lstm_cuda"] if NVCC else []
 
 setup(
     ext_modules=[

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._C import _has_torch_function_variadic
 from torch.nn.functional import pad
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._ops import _C
 from .functional import bad_state
-from .modules import LSTMCell
+from .modules import LazyLSTMCell, LSTMCell
 
 __all__ = ["FrozenLSTMCell", "freeze"]
 
@@ -23,14 +24,14 @@ UNITS, MULTIPLE = 16, 4  # kFrozenUnits and kFrozenMultiple of csrc/lstm.h
 class FrozenLSTMCell(nn.Module):
     r"""An LSTM cell for inference on CPU, with weights packed for its kernel when it is made.
 
-    It computes what the cell it was made from computes now: later changes of that cell do not reach
-    it. It cannot be trained. Weights are packed alike for every instruction set, so what is saved on
-    one machine can be loaded on another.
+    It computes what the cell it was made from computes now: later changes of that cell do not
+    reach it. It cannot be trained. Weights are packed alike for every instruction set, so what is
+    saved on one machine can be loaded on another.
 
     Everything but the weights is float32, the sums too. With ``weight_dtype=torch.bfloat16`` each
-    weight is rounded to nearest, off by :math:`2^{-9}` of itself at most. With ``torch.int8`` it is a
-    whole number times a scale of its gate and unit, off by 1/254 of the largest weight of that gate
-    and unit at most.
+    weight is rounded to nearest, off by :math:`2^{-9}` of itself at most. With ``torch.int8`` it is
+    a whole number times a scale of its gate and unit, off by 1/254 of the largest weight of that
+    gate and unit at most.
 
     Args:
         cell: a :class:`torch.nn.LSTMCell` or :class:`LSTMCell` of float32 parameters on CPU.
@@ -48,8 +49,8 @@ class FrozenLSTMCell(nn.Module):
 
     Raises:
         TypeError: ``cell`` is no LSTM cell.
-        ValueError: it has parameters of another dtype or device, parametrized or uninitialized ones,
-            or hooks; or ``weight_dtype`` is none of the three.
+        ValueError: it has parameters of another dtype or device, parametrized or uninitialized
+            ones, or hooks; or ``weight_dtype`` is none of the three.
         RuntimeError: in a call, what :class:`LSTMCell` raises; also where a gradient is asked for.
 
     Example::
@@ -66,7 +67,9 @@ class FrozenLSTMCell(nn.Module):
         super().__init__()
         weight, bias = _rows(cell)
         if weight_dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"expected weight_dtype to be one of {WEIGHT_DTYPES}, got {weight_dtype}")
+            raise ValueError(
+                f"expected weight_dtype to be one of {WEIGHT_DTYPES}, got {weight_dtype}"
+            )
         scale = None
         if weight_dtype == torch.int8:
             largest = weight.abs().amax(1, keepdim=True)
@@ -103,7 +106,9 @@ class FrozenLSTMCell(nn.Module):
 
     def train(self, mode: bool = True) -> FrozenLSTMCell:
         if mode:
-            raise RuntimeError("a frozen LSTM cell cannot be trained: train the cell it was made from")
+            raise RuntimeError(
+                "a frozen LSTM cell cannot be trained: train the cell it was made from"
+            )
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -116,10 +121,9 @@ M = TypeVar("M", bound=nn.Module)
 def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
     """A copy of ``model`` for inference on CPU, in which every LSTM cell is frozen.
 
-    Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one that
-    is used in several places one that is shared by them; everything else is deep-copied, and all is
-    in evaluation mode. ``model`` itself is not changed. Subclasses with a ``forward`` of their own
-    are left as they are.
+    Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one
+    that is used in several places one that is shared by them; everything else is deep-copied, and
+    all is in evaluation mode. ``model`` itself is not changed. Subclasses are left as they are.
 
     Args:
         model: any module, also a cell itself.
@@ -144,9 +148,12 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _is_cell(module: nn.Module) -> bool:
-    """Whether ``module`` computes what an LSTM cell does, parametrized or not yet initialized, too."""
-    forward = type(module).forward
-    return isinstance(module, nn.LSTMCell) and forward in (nn.LSTMCell.forward, LSTMCell.forward)
+    """Whether ``module`` is an LSTM cell, be it parametrized or not yet initialized, and no
+    subclass that may do something else."""
+    kind = type(module)
+    if is_parametrized(module):
+        kind = kind.__bases__[0]  # which the parametrization has subclassed
+    return kind in (nn.LSTMCell, LSTMCell, LazyLSTMCell)
 
 
 def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
@@ -157,7 +164,7 @@ def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
     if not all(type(p) is nn.Parameter for p in given):
         raise ValueError(
             "expected a cell whose weights are plain parameters, but they are computed from others "
-            "or uninitialized: remove the parametrization, or call the lazy cell, first"
+            "or uninitialized: first remove the parametrization, or call the lazy cell"
         )
     if cell._forward_hooks or cell._forward_pre_hooks:
         raise ValueError("the cell has forward hooks, which a frozen cell would not run")
@@ -173,7 +180,8 @@ def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
 
 
 def _packed(rows: Tensor) -> Tensor:
-    """(4H, K), gate by gate -> flat: for each block of units (K, 4, units), filled up with zeros."""
+    """(4H, K), gate by gate -> flat: for each block of units (K, 4, units), the last one filled up
+    with zeros."""
     units, depth = rows.shape[0] // 4, rows.shape[1]
     gates = pad(rows.view(4, units, depth), (0, 0, 0, -units % MULTIPLE))
     return torch.cat([block.permute(2, 0, 1).flatten() for block in gates.split(UNITS, 1)])

@@ -40,6 +40,8 @@ static double value(float16 x) {
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
+static double value(int8_t x) { return x; }
+
 static void assign(double& to, double x) { to = x; }
 static void assign(float& to, double x) { to = float(x); }
 static void assign(bfloat16& to, double x) {
@@ -205,6 +207,61 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
   }
 }
 
+// From packed weights: those of lstm.h, packed here once more. scale is what int8 weights are multiplied
+// by.
+template <class W>
+static void test_frozen(FrozenKernel<W> kernel, int64_t B, int64_t I, int64_t H, int64_t threads) {
+  const int64_t G = 4 * H, K = I + H;
+  constexpr bool whole = sizeof(W) == 1;
+  const Pool pool{run_in_reverse, threads, 1 << 20};
+  const double size = 1 / sqrt(double(std::max(I, H)));
+  const vector<float> input = uniform<float>(B * I, 1), hx = uniform<float>(B * H, 1),
+                      cx = uniform<float>(B * H, 1);
+  const int64_t padded = (H + kFrozenMultiple - 1) / kFrozenMultiple * kFrozenMultiple;
+  vector<W> weight(4 * padded * K);
+  vector<float> bias(4 * padded), scale(whole ? 4 * padded : 0);
+  vector<double> weights(G * K), biases(G);
+  for (int64_t u0 = 0; u0 < H; u0 += kFrozenUnits) {
+    const int64_t width = std::min<int64_t>(kFrozenUnits, padded - u0);
+    for (int64_t gate = 0; gate < 4; gate++)
+      for (int64_t u = 0; u < width && u0 + u < H; u++) {
+        const int64_t row = gate * H + u0 + u, at = gate * width + u;
+        const double unit = whole ? (2 + uniform()) * size / 254 : 1;
+        if (whole) scale[4 * u0 + at] = float(unit);
+        bias[4 * u0 + at] = float(uniform());
+        biases[row] = bias[4 * u0 + at];
+        for (int64_t k = 0; k < K; k++) {
+          W& to = weight[4 * u0 * K + k * 4 * width + at];
+          if constexpr (whole)
+            to = W(uniform() * 127);
+          else
+            assign(to, uniform() * size);
+          weights[row * K + k] = value(to) * (whole ? double(scale[4 * u0 + at]) : 1);
+        }
+      }
+  }
+  vector<double> next_c(B * H), next_h(B * H);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t u = 0; u < H; u++) {
+      double gate[4];
+      for (int64_t g = 0; g < 4; g++) {
+        const int64_t row = g * H + u;
+        double sum = biases[row];
+        for (int64_t k = 0; k < K; k++)
+          sum += (k < I ? input[b * I + k] : hx[b * H + k - I]) * weights[row * K + k];
+        gate[g] = g == 2 ? tanh(sum) : 1 / (1 + exp(-sum));
+      }
+      next_c[b * H + u] = gate[1] * cx[b * H + u] + gate[0] * gate[2];
+      next_h[b * H + u] = gate[3] * tanh(next_c[b * H + u]);
+    }
+  vector<float> h(B * H), c(B * H);
+  kernel({B, I, H, input.data(), I, hx.data(), H, cx.data(), H, weight.data(),
+          whole ? scale.data() : nullptr, bias.data(), h.data(), c.data()},
+         pool);
+  check("frozen h", h, next_h, double(K), B, I, H);
+  check("frozen c", c, next_c, double(K), B, I, H);
+}
+
 int main() {
   const Kernels& kernels = NAME(kernels_, LSTMFUSED_ISA);
   const int64_t shapes[][3] = {{1, 1, 1},    {1, 20, 3},   {2, 5, 17},   {3, 16, 16},  {4, 33, 7},
@@ -216,9 +273,15 @@ int main() {
       test(kernels.f64, B, I, H, threads);
       test(kernels.bf16, B, I, H, threads);
       test(kernels.f16, B, I, H, threads);
+      test_frozen(kernels.frozen_f32, B, I, H, threads);
+      test_frozen(kernels.frozen_bf16, B, I, H, threads);
+      test_frozen(kernels.frozen_i8, B, I, H, threads);
     }
   test(kernels.f64, 600, 9, 130, 1);   // more than one stretch of the batch
   test(kernels.f32, 3, 2050, 260, 2);  // far weights
+  for (int64_t B : {1, 2, 3, 7}) test_frozen(kernels.frozen_f32, B, 2050, 970, 2);
+  for (int64_t H = 1; H < 20; H++)  // every width of the last block
+    test_frozen(kernels.frozen_f32, 5, 3, H, 1);
   printf("%s: %d failures\n", kernels.name, failures);
   return failures != 0;
 }

@@ -18,10 +18,10 @@ struct Blocks {
   const W* at;
   int64_t stride, between;  // elements from one depth, one block to the next
 
-  template <int V, class A>
-  LSTMFUSED_INLINED Vec<A> vector(int v) const {
+  template <int V, int N>
+  LSTMFUSED_INLINED Vec<float> vector(int v) const {
     constexpr int64_t kPage = 4096 / sizeof(W);
-    const W* place = at + v / (V / Streams) * between + v % (V / Streams) * kLanes<A>;
+    const W* place = at + v / (V / Streams) * between + v % (V / Streams) * N;
     if constexpr (Far) __builtin_prefetch(place + kPage, 0, 2);
     return load(place);
   }

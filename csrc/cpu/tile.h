@@ -94,9 +94,9 @@ struct Right {
   const P* at;
   int64_t stride, columns;
 
-  template <int V, class A>
-  LSTMFUSED_INLINED Vec<A> vector(int v) const {
-    constexpr int N = kLanes<A>;
+  // v of V of N lanes
+  template <int V, int N>
+  LSTMFUSED_INLINED auto vector(int v) const {
     return v < V - 1 ? load(at + v * N) : load_upto(at + v * N, columns - v * N);
   }
 };
@@ -111,10 +111,10 @@ struct Sums {
   bool far;         // fetched while they are computed
 };
 
-// left may come in parts, one behind the other along the depth. Factor is Right or like it; its numbers are
-// converted as they are loaded. Only where sums may be far does it cost something to ask.
-template <int R, int V, bool MayBeFar, class A, class Factor, class... Left>
-LSTMFUSED_INLINE void multiply_tile(Factor right, Sums<A> sums, Left... left) {
+// left may come in parts, one behind the other along the depth. RightFactor is Right or like it; its
+// numbers are converted as they are loaded. Only where sums may be far does it cost something to ask.
+template <int R, int V, bool MayBeFar, class A, class RightFactor, class... Left>
+LSTMFUSED_INLINE void multiply_tile(RightFactor right, Sums<A> sums, Left... left) {
   constexpr int N = kLanes<A>;
   using Element = decltype(load(right.at));
   const auto load_part = [](auto* row, int v, int64_t n) LSTMFUSED_INLINED {
@@ -138,7 +138,7 @@ LSTMFUSED_INLINE void multiply_tile(Factor right, Sums<A> sums, Left... left) {
         Element x[R], w[V];
         const auto load_left = [&](int, int r) LSTMFUSED_INLINED { x[r] = broadcast(left.element(r, k)); };
         const auto load_right = [&](int, int v)
-                                    LSTMFUSED_INLINED { w[v] = right.template vector<V, A>(v); };
+                                    LSTMFUSED_INLINED { w[v] = right.template vector<V, N>(v); };
         if constexpr (R < V) {
           each_sum<1, R>(load_left);
 #pragma GCC unroll 16

@@ -1,0 +1,488 @@
+"""Frozen cells: packed weights of every dtype against float64, and what they refuse."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    LAYOUTS,
+    Arguments,
+    assert_close,
+    check_output,
+    oracle,
+    random_arguments,
+    run_python,
+)
+from test_errors import SAME_TEXT, SAME_TYPE, error_of
+from test_fuse import Decoder, OwnForward, types
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+
+import lstmfused
+from lstmfused import FrozenLSTMCell, freeze
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]*. is deprecated"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SIZES = (1, 2, 3, 20, 51, 130, 288)
+BATCHES = (None, 0, 1, 2, 5, 7, 64, 97)
+I, H = 10, 20
+
+# Another process, perhaps of another instruction set, computes with a cell that this one has saved.
+LOAD = """
+import sys, torch, lstmfused
+cell, x, expected = torch.load(sys.argv[1], weights_only=False)
+for actual, want in zip(cell(x), expected, strict=True):
+    torch.testing.assert_close(actual, want, atol=1e-6, rtol=0)
+print(lstmfused.build_info()["cpu kernel"])
+"""
+
+
+def made(
+    arguments: Arguments, dtype: torch.dtype = torch.float32, cell: type[nn.LSTMCell] = nn.LSTMCell
+) -> FrozenLSTMCell:
+    """A frozen cell of the arguments' parameters."""
+    weight_ih, weight_hh = arguments.weight_ih, arguments.weight_hh
+    module = cell(weight_ih.shape[1], weight_hh.shape[1], bias=arguments.bias_ih is not None)
+    named = {k: t for k, t in arguments._asdict().items() if "_" in k and t is not None}
+    module.load_state_dict(named)
+    return FrozenLSTMCell(module, dtype)
+
+
+def step_of_weights(arguments: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What FrozenLSTMCell says of its weights: (4H, I + H) as they are rounded, and the largest
+    error of each of them."""
+    weight = torch.cat([arguments.weight_ih, arguments.weight_hh], 1)
+    if dtype == torch.int8:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        rounded = (weight / scale.clamp(min=1e-30)).round().double() * scale.double()
+        return rounded, (scale.double() / 2).expand_as(weight)
+    rounded = weight.to(dtype).double()
+    unit = {torch.float32: 0.0, torch.bfloat16: 2.0**-9}[dtype]
+    return rounded, weight.double().abs() * unit
+
+
+def check(arguments: Arguments, dtype: torch.dtype, case: object) -> None:
+    """Against float64 with the same rounded weights, and for any number of threads."""
+    frozen = made(arguments, dtype)
+    rounded, _ = step_of_weights(arguments, dtype)
+    wide = arguments.double()
+    inputs = arguments.weight_ih.shape[1]
+    expected = oracle(wide._replace(weight_ih=rounded[:, :inputs], weight_hh=rounded[:, inputs:]))
+    torch.set_num_threads(1)
+    outputs = frozen(arguments.input, arguments.hx)
+    for name, actual, want in zip("hc", outputs, expected, strict=True):
+        assert actual.dtype == torch.float32 and actual.is_contiguous(), case
+        check_output(name, actual, want, case)
+    torch.set_num_threads(2)
+    for one, two in zip(outputs, frozen(arguments.input, arguments.hx), strict=True):
+        assert torch.equal(one, two), case
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("inputs", SIZES)
+def test_every_size_and_batch(inputs: int, dtype: torch.dtype) -> None:
+    for B, units in product(BATCHES, SIZES):
+        check(random_arguments(B, inputs, units), dtype, (B, inputs, units))
+
+
+@EACH_DTYPE
+def test_every_width_of_the_last_block(dtype: torch.dtype) -> None:
+    for B, units in product((1, 2, 3, 4, 8, 13, 33), range(1, 36)):
+        check(random_arguments(B, 5, units), dtype, (B, units))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(
+    ("inputs", "units", "batches"),
+    [
+        (512, 512, (1, 3, 33, 300)),
+        (2600, 33, (1, 4, 9, 65)),
+        (33, 1030, (1, 5, 70)),
+        (2048, 1040, (1, 2, 3, 4, 9, 18)),  # weights that fit no cache
+    ],
+)
+def test_large(inputs: int, units: int, batches: tuple[int, ...], dtype: torch.dtype) -> None:
+    for B in batches:
+        check(random_arguments(B, inputs, units), dtype, (B, inputs, units))
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_form(layout: str, dtype: torch.dtype) -> None:
+    forms = product((None, 0, 1, 5), (1, 20), (3, 51), (True, False), (True, False))
+    for B, inputs, units, bias, state in forms:
+        given = random_arguments(B, inputs, units, bias=(bias, bias), state=state)
+        changed = {k: t for k, t in given._asdict().items() if t is not None and "_" not in k}
+        changed = {name: LAYOUTS[layout](t) for name, t in changed.items()}
+        check(given._replace(**changed), dtype, (B, inputs, units, bias, state))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_error_of_rounded_weights(dtype: torch.dtype) -> None:
+    """The error of the weights, carried through the step, bounds that of the results."""
+    for B, inputs, units in product((1, 7), (3, 51, 288), (20, 130)):
+        arguments = random_arguments(B, inputs, units)
+        wide, (_, error) = arguments.double(), step_of_weights(arguments, dtype)
+        assert wide.h is not None and wide.c is not None
+        sums = torch.cat([wide.input, wide.h], 1).abs() @ error.mT
+        i, f, g, o = sums.chunk(4, 1)  # sigmoid is no steeper than 1/4, tanh than 1
+        off_c = wide.c.abs() * f / 4 + i / 4 + g
+        bounds = o / 4 + off_c, off_c
+        outputs = made(arguments, dtype)(arguments.input, arguments.hx)
+        for actual, want, bound in zip(outputs, oracle(wide), bounds, strict=True):
+            assert_close(actual, want, bound + 1e-6 * want.abs().clamp(min=1), (B, inputs, units))
+            assert (actual - want).abs().max() > 1e-6  # rounded they are
+
+
+@EACH_DTYPE
+def test_rows_are_alone(dtype: torch.dtype) -> None:
+    """To the bit, whatever else is in the batch."""
+    for inputs, units in ((2, 20), (51, 51), (130, 300), (700, 64), (2048, 1040)):
+        arguments = random_arguments(64, inputs, units)
+        frozen = made(arguments, dtype)
+        x, h, c = arguments[:3]
+        assert h is not None and c is not None
+        whole = frozen(x, (h, c))
+        for rows in (slice(0, 1), slice(5, 7), slice(3, 6), slice(10, 14), slice(60, 64)):
+            part = frozen(x[rows], (h[rows], c[rows]))
+            assert all(torch.equal(p, w[rows]) for p, w in zip(part, whole, strict=True))
+        x = x.index_fill(0, torch.tensor([3]), torch.nan)
+        h = h.index_fill(0, torch.tensor([8]), torch.inf)
+        spoilt = frozen(x, (h, c))
+        others = torch.ones(64, dtype=torch.bool).index_fill(0, torch.tensor([3, 8]), False)
+        for s, w in zip(spoilt, whole, strict=True):
+            assert torch.equal(s[others], w[others])
+            assert s[3].isnan().all()
+
+
+def test_batch_invariant_mode() -> None:
+    arguments = random_arguments(5, I, H)
+    frozen = made(arguments)
+    expected = frozen(arguments.input)
+    with lstmfused.batch_invariant():
+        assert all(map(torch.equal, frozen(arguments.input), expected))
+
+
+def test_int8_extremes() -> None:
+    arguments = random_arguments(3, I, H)
+    zero = arguments._replace(
+        weight_ih=torch.zeros_like(arguments.weight_ih),
+        weight_hh=torch.zeros_like(arguments.weight_hh),
+    )
+    check(zero, torch.int8, "rows of zeros")
+    tiny = arguments.map(lambda t: t * 1e-38)
+    outputs = made(tiny, torch.int8)(tiny.input, tiny.hx)
+    assert all(t.isfinite().all() for t in outputs)
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            made(arguments._replace(weight_hh=arguments.weight_hh.fill_(bad)), torch.int8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize("bad", SAME_TEXT)
+def test_same_text_as_the_cell(bad: str) -> None:
+    cell = lstmfused.LSTMCell(I, H)
+    expected = error_of(cell, *SAME_TEXT[bad])
+    for dtype in DTYPES:
+        actual = error_of(FrozenLSTMCell(cell, dtype), *SAME_TEXT[bad])
+        assert type(actual) is type(expected)
+        assert str(actual) == str(expected)
+
+
+@pytest.mark.parametrize("bad", SAME_TYPE)
+def test_same_type_as_torch(bad: str) -> None:
+    cell = nn.LSTMCell(I, H)
+    actual = error_of(FrozenLSTMCell(cell), *SAME_TYPE[bad])
+    assert isinstance(actual, type(error_of(cell, *SAME_TYPE[bad])))
+    assert str(actual)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half, nn.Module.bfloat16])
+@EACH_DTYPE
+def test_converted(dtype: torch.dtype, convert: Callable[[nn.Module], nn.Module]) -> None:
+    """A dtype it was not made with is refused, also where the input has it, too."""
+    frozen = convert(FrozenLSTMCell(nn.LSTMCell(I, H), dtype))
+    for x in (torch.zeros(3, I), torch.zeros(3, I).to(frozen.bias.dtype)):
+        with pytest.raises(RuntimeError, match="keeps the dtypes that it was made with"):
+            frozen(x)
+
+
+def test_packed_tensors_of_other_shapes() -> None:
+    b: Any = FrozenLSTMCell(nn.LSTMCell(I, H), torch.int8)._buffers
+    step, x = torch.ops.lstmfused.lstm_cell_frozen, torch.zeros(3, I)
+    step(x, None, None, b["weight"], b["bias"], b["scale"], I, H)
+    for name in b:
+        for bad in (b[name][1:], b[name].unsqueeze(0), b[name].to("meta")):
+            given = {**b, name: bad}
+            with pytest.raises(RuntimeError):
+                step(x, None, None, given["weight"], given["bias"], given["scale"], I, H)
+    for sizes in ((I, H + 4), (I + 1, H), (-1, H), (I, -H)):
+        with pytest.raises(RuntimeError):
+            step(x, None, None, b["weight"], b["bias"], b["scale"], *sizes)
+
+
+def parametrized() -> nn.LSTMCell:
+    cell = nn.LSTMCell(I, H)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    return cell
+
+
+def pruned() -> nn.LSTMCell:
+    return nn.utils.prune.l1_unstructured(nn.LSTMCell(I, H), "weight_ih", 3)
+
+
+def hooked() -> nn.LSTMCell:
+    cell = nn.LSTMCell(I, H)
+    cell.register_forward_hook(lambda *_: None)
+    return cell
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "parametrized": (parametrized, "parametrization"),
+    "pruned": (pruned, "parametrization"),
+    "lazy": (lambda: lstmfused.LazyLSTMCell(H), "lazy"),
+    "hooks": (hooked, "hooks"),
+    "float64": (lambda: nn.LSTMCell(I, H).double(), "torch.float64"),
+    "float16": (lambda: lstmfused.LSTMCell(I, H).half(), "torch.float16"),
+    "other device": (lambda: nn.LSTMCell(I, H, device="meta"), "meta"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_cells_that_cannot_be_frozen(kind: str) -> None:
+    make, word = REFUSED[kind]
+    cell: Any = make()
+    with pytest.raises(ValueError, match=word):
+        FrozenLSTMCell(cell)
+    with pytest.raises(ValueError, match=f"^inner.*{word}"):  # not left as it is without a word
+        freeze(nn.ModuleDict({"inner": cell}))
+
+
+def test_wrong_arguments() -> None:
+    for bad in (torch.float16, torch.float64, torch.uint8, "int8", None):
+        with pytest.raises(ValueError, match="weight_dtype"):
+            FrozenLSTMCell(nn.LSTMCell(I, H), bad)  # type: ignore[arg-type]
+    frozen: Any = FrozenLSTMCell(nn.LSTMCell(I, H))
+    for other in (nn.GRUCell(I, H), nn.Linear(I, H), frozen, None):
+        with pytest.raises(TypeError, match="LSTMCell"):
+            FrozenLSTMCell(other)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------
+# Inference alone
+
+
+@pytest.mark.parametrize("name", ["input", "h", "c"])
+def test_no_gradients(name: str) -> None:
+    arguments = random_arguments(3, I, H)
+    frozen = made(arguments)
+    expected = frozen(arguments.input, arguments.hx)
+    given: Tensor = getattr(arguments, name).clone().requires_grad_()
+    trainable = arguments._replace(**{name: given})
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        frozen(trainable.input, trainable.hx)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert all(map(torch.equal, frozen(trainable.input, trainable.hx), expected))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given.detach(), torch.ones_like(given))
+        carried = arguments._replace(**{name: dual})
+        with pytest.raises(RuntimeError, match="computes no gradients"):
+            frozen(carried.input, carried.hx)
+
+
+def test_no_training() -> None:
+    frozen = FrozenLSTMCell(nn.LSTMCell(I, H))
+    assert not frozen.training
+    assert frozen.eval() is frozen
+    assert not list(frozen.parameters())
+    model = nn.Sequential(frozen)
+    for module in (frozen, model):
+        with pytest.raises(RuntimeError, match="cannot be trained"):
+            module.train()
+    assert not frozen(torch.zeros(3, I))[0].requires_grad
+
+
+@EACH_DTYPE
+def test_nothing_is_shared_with_the_cell(dtype: torch.dtype) -> None:
+    """Training the cell does not reach what was frozen before, and the other way round."""
+    cell, x = lstmfused.LSTMCell(I, H), torch.randn(3, I)
+    frozen = FrozenLSTMCell(cell, dtype)
+    before = frozen(x)
+    optimizer = torch.optim.SGD(cell.parameters(), 0.5)
+    torch.sum(cell(x)[0]).backward()
+    optimizer.step()
+    trained = cell(x)
+    assert all(map(torch.equal, frozen(x), before))
+    again = FrozenLSTMCell(cell, dtype)
+    assert not torch.equal(again(x)[0], before[0])
+    for buffer in again.buffers():
+        buffer.zero_()
+    assert all(map(torch.equal, cell(x), trained))
+
+
+# --------------------------------------------------------------------------------------------------
+# Modules
+
+
+def saved(frozen: FrozenLSTMCell) -> FrozenLSTMCell:
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    loaded: FrozenLSTMCell = torch.load(file, weights_only=False)
+    return loaded
+
+
+def from_state(frozen: FrozenLSTMCell) -> FrozenLSTMCell:
+    file = io.BytesIO()
+    torch.save(frozen.state_dict(), file)
+    file.seek(0)
+    sizes = frozen.input_size, frozen.hidden_size
+    other = FrozenLSTMCell(nn.LSTMCell(*sizes), frozen.weight.dtype)
+    other.load_state_dict(torch.load(file))
+    return other
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(
+    "again",
+    [lambda cell: pickle.loads(pickle.dumps(cell)), copy.deepcopy, saved, from_state],
+    ids=["pickle", "deepcopy", "save", "state_dict"],
+)
+def test_again(again: Callable[[FrozenLSTMCell], FrozenLSTMCell], dtype: torch.dtype) -> None:
+    frozen, x = FrozenLSTMCell(nn.LSTMCell(I, H), dtype), torch.randn(3, I)
+    other = again(frozen)
+    assert all(map(torch.equal, other(x), frozen(x)))
+    assert repr(other) == repr(frozen) == f"FrozenLSTMCell({I}, {H}, weight_dtype={dtype})"
+    frozen.bias.zero_()
+    assert not torch.equal(other(x)[0], frozen(x)[0])
+
+
+@EACH_DTYPE
+def test_saved_for_another_instruction_set(dtype: torch.dtype, tmp_path: Any) -> None:
+    frozen, x = FrozenLSTMCell(nn.LSTMCell(51, 51), dtype), torch.randn(5, 51)
+    torch.save((frozen, x, frozen(x)), tmp_path / "cell.pt")
+    file = str(tmp_path / "cell.pt")
+    assert run_python("-c", LOAD, file, ATEN_CPU_CAPABILITY="default").strip() == "default"
+
+
+def test_initial_state() -> None:
+    frozen = FrozenLSTMCell(nn.LSTMCell(I, H))
+    for batch, shape in ((None, (H,)), (3, (3, H)), (0, (0, H))):
+        assert [t.shape for t in frozen.initial_state(batch)] == [shape, shape]
+    x = torch.randn(3, I)
+    assert all(map(torch.equal, frozen(x, frozen.initial_state(3)), frozen(x)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@EACH_DTYPE
+def test_model(dtype: torch.dtype, fused: bool) -> None:
+    model = lstmfused.fuse(Decoder()) if fused else Decoder()
+    before, state = types(model), {k: t.clone() for k, t in model.state_dict().items()}
+    x = torch.randn(5, I)
+    frozen = freeze(model, dtype)
+    assert type(frozen) is Decoder and frozen is not model
+    assert types(frozen).count(FrozenLSTMCell) == 2
+    assert frozen.layers[0] is frozen.layers[2] is frozen.shared
+    assert not any(isinstance(m, nn.LSTMCell) for m in frozen.modules())
+    assert not any(m.training for m in frozen.modules())
+    assert all(m.training for m in model.modules())
+    assert types(model) == before
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    with torch.no_grad():
+        first, _ = frozen.first(x)
+    want, _ = model.first(x)
+    assert (first - want).abs().max() <= {torch.float32: 1e-6}.get(dtype, 0.02)
+    others = [p.data_ptr() for p in model.parameters()]
+    assert not any(p.data_ptr() in others for p in frozen.parameters())
+
+
+def test_cell_itself_and_twice() -> None:
+    cell = nn.LSTMCell(I, H)
+    frozen = freeze(cell)
+    assert type(frozen) is FrozenLSTMCell
+    assert types(freeze(nn.Sequential(frozen))) == [nn.Sequential, FrozenLSTMCell]
+
+
+def test_subclasses_are_left_alone() -> None:
+    model = nn.ModuleList([OwnForward(I, H), nn.LSTMCell(I, H)])
+    assert types(freeze(model))[1:] == [OwnForward, FrozenLSTMCell]
+
+
+# --------------------------------------------------------------------------------------------------
+# The operator
+
+
+@EACH_DTYPE
+def test_opcheck(dtype: torch.dtype) -> None:
+    for B, state in product((None, 0, 1, 3), (True, False)):
+        arguments = random_arguments(B, I, H, state=state)
+        b: Any = made(arguments, dtype)._buffers
+        packed = b["weight"], b["bias"], b["scale"], I, H
+        torch.library.opcheck(
+            torch.ops.lstmfused.lstm_cell_frozen.default, (*arguments[:3], *packed)
+        )
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@EACH_DTYPE
+def test_compile(dtype: torch.dtype) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    frozen = FrozenLSTMCell(nn.LSTMCell(I, H), dtype)
+    compiled = torch.compile(frozen, fullgraph=True, backend=counter)
+    for B in (1, 7, 64):
+        x, hx = torch.randn(B, I), frozen.initial_state(B)
+        assert all(map(torch.equal, compiled(x, hx), frozen(x, hx)))
+    assert counter.frame_count <= 2
+    with pytest.raises(Exception, match="inconsistent input_size"):
+        compiled(torch.randn(7, I + 1), frozen.initial_state(7))
+    with pytest.raises(Exception, match="computes no gradients"):
+        compiled(torch.randn(7, I, requires_grad=True), frozen.initial_state(7))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+@EACH_DTYPE
+def test_export(dtype: torch.dtype) -> None:
+    frozen = FrozenLSTMCell(nn.LSTMCell(I, H), dtype)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    given = torch.randn(3, I), frozen.initial_state(3)
+    program = torch.export.export(frozen, given, dynamic_shapes=(batch, (batch, batch)))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for B in (1, 2, 3, 17):
+        x, hx = torch.randn(B, I), frozen.initial_state(B)
+        assert all(map(torch.equal, loaded(x, hx), frozen(x, hx)))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(half: torch.dtype) -> None:
+    """It computes in float32 as ever, and takes the half types that come from other layers."""
+    arguments = random_arguments(3, I, H)
+    frozen = made(arguments)
+    given = arguments._replace(input=arguments.input.to(half))
+    with torch.autocast("cpu", half):
+        outputs = frozen(given.input, given.hx)
+    assert all(map(torch.equal, outputs, frozen(given.input.float(), given.hx)))
