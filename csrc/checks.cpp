@@ -27,12 +27,16 @@ void check_shape(const char* name, const Tensor& tensor, const Size& rows, const
               tensor.sym_sizes());
 }
 
-void check_like(const char* name, const Tensor& tensor, const Tensor& input, const char* like = "input") {
+void check_place(const char* name, const Tensor& tensor, const Tensor& input) {
   TORCH_CHECK(tensor.layout() == at::kStrided, "lstm_cell: expected ", name,
               " to be a dense tensor, got layout ", tensor.layout());
   TORCH_CHECK(tensor.device() == input.device(),
               "Expected all tensors to be on the same device, but found at least two devices, ",
               input.device(), " and ", tensor.device(), "! (", name, " in lstm_cell)");
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& input, const char* like = "input") {
+  check_place(name, tensor, input);
   TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "lstm_cell: expected ", name,
               " to have the dtype of ", like, ", ", input.scalar_type(), ", but got ",
               tensor.scalar_type());
@@ -144,6 +148,7 @@ void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const
       "lstm_cell_frozen: expected bias in float32 and weight in float32, bfloat16 or, with a scale, "
       "int8, got ",
       bias.scalar_type(), " and ", dtype, ": a frozen cell keeps the dtypes that it was made with");
+  check_place("weight", weight, bias);
   check_like("input", input, bias, "bias");
   check_like("hx[0]", hx, bias, "bias");
   check_like("hx[1]", cx, bias, "bias");

@@ -23,6 +23,7 @@ from test_fuse import Decoder, OwnForward, types
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 import lstmfused
 from lstmfused import FrozenLSTMCell, freeze
@@ -242,7 +243,7 @@ def parametrized() -> nn.LSTMCell:
 
 
 def pruned() -> nn.LSTMCell:
-    return nn.utils.prune.l1_unstructured(nn.LSTMCell(I, H), "weight_ih", 3)
+    return prune.l1_unstructured(nn.LSTMCell(I, H), "weight_ih", 3)
 
 
 def hooked() -> nn.LSTMCell:

@@ -22,7 +22,8 @@ struct Blocks {
   LSTMFUSED_INLINED Vec<float> vector(int v) const {
     constexpr int64_t kPage = 4096 / sizeof(W);
     const W* place = at + v / (V / Streams) * between + v % (V / Streams) * N;
-    if constexpr (Far) __builtin_prefetch(place + kPage, 0, 2);
+    constexpr int kVectors = 64 / (N * int(sizeof(W)));  // in a line
+    if (Far && v % (kVectors > 1 ? kVectors : 1) == 0) __builtin_prefetch(place + kPage, 0, 2);
     return load(place);
   }
 };
@@ -120,10 +121,12 @@ static void frozen_block(const Frozen<W>& p, Range rows, int64_t u0) {
         if (Far && row) {
           // The first tile has what it can do to fetch its own piece; the others share in the next.
           constexpr int64_t kLines = 16 * kStride * sizeof(W) / 64;
-          const int64_t lines = kLines * R.value / (rows.size - R.value) + 1;
-          const char* ahead = reinterpret_cast<const char*>(weight + kDepth * kStride);
-          multiply_tile<R.value, V.value, false>(right, out, RowsAhead{input, ahead, lines},
-                                                 RowsAhead{state, ahead, lines});
+          const int64_t others = rows.size - R.value, lines = (kLines * R.value + others - 1) / others;
+          const char* ahead = reinterpret_cast<const char*>(weight + kDepth * kStride) +
+                              kDepth / 16 * kLines * (row - R.value) / others * 64;
+          multiply_tile<R.value, V.value, false>(
+              right, out, RowsAhead{input, ahead, lines},
+              RowsAhead{state, ahead + input.depth / 16 * lines * 64, lines});
         } else {
           multiply_tile<R.value, V.value, false>(right, out, input, state);
         }
