@@ -28,18 +28,6 @@ struct Blocks {
   }
 };
 
-// Rows of the left factor; while they are multiplied, what is `ahead` is fetched, `lines` of it each time.
-struct RowsAhead : Rows<float> {
-  const char* ahead;
-  int64_t lines;
-
-  template <int R>
-  LSTMFUSED_INLINED void prefetch_next(int64_t k) const {
-    Rows<float>::prefetch_next<R>(k);
-    for (int64_t i = 0; i < lines; i++) __builtin_prefetch(ahead + (k / 16 * lines + i) * 64, 0, 2);
-  }
-};
-
 // The end of the step for `rows` from the sums of a block, (rows, 4, Width) with `stride` between rows.
 template <int R, int Width, class W>
 LSTMFUSED_INLINE void finish_rows(const Frozen<W>& p, int64_t row, int64_t u0, const float* sums,
@@ -103,7 +91,7 @@ static void frozen_streams(const Frozen<W>& p, int64_t u0) {
 }
 
 // Any rows by one block of Width units.
-template <int Width, bool Far, class W>
+template <int Width, class W>
 static void frozen_block(const Frozen<W>& p, Range rows, int64_t u0) {
   constexpr int N = kLanes<float>, kStride = 4 * Width;
   alignas(64) float sums[kFrozenRows * kStride + N];
@@ -118,18 +106,7 @@ static void frozen_block(const Frozen<W>& p, Range rows, int64_t u0) {
         float* to = sums + row * kStride;
         const Blocks<W, 1, false> right{weight, kStride, 0};
         const Sums<float> out{to + column, kStride, V.value * N, k == 0, false, false};
-        if (Far && row) {
-          // The first tile has what it can do to fetch its own piece; the others share in the next.
-          constexpr int64_t kLines = 16 * kStride * sizeof(W) / 64;
-          const int64_t others = rows.size - R.value, lines = (kLines * R.value + others - 1) / others;
-          const char* ahead = reinterpret_cast<const char*>(weight + kDepth * kStride) +
-                              kDepth / 16 * kLines * (row - R.value) / others * 64;
-          multiply_tile<R.value, V.value, false>(
-              right, out, RowsAhead{input, ahead, lines},
-              RowsAhead{state, ahead + input.depth / 16 * lines * 64, lines});
-        } else {
-          multiply_tile<R.value, V.value, false>(right, out, input, state);
-        }
+        multiply_tile<R.value, V.value, false>(right, out, input, state);
         if (depth.end == K && column + V.value * N == kStride)
           finish_rows<R.value, Width>(p, rows.begin + row, u0, to, kStride);
       });
@@ -151,7 +128,7 @@ static void forward_frozen_with(const Frozen<W>& p, const Pool& pool) {
     void block(int64_t index, Range rows) const {
       const int64_t u0 = index * kFrozenUnits, fours = (p.H - u0 + kFrozenMultiple - 1) / kFrozenMultiple;
       with_constant<kFrozenUnits / kFrozenMultiple>(
-          fours, [&](auto n) { frozen_block<n.value * kFrozenMultiple, Far>(p, rows, u0); });
+          fours, [&](auto n) { frozen_block<n.value * kFrozenMultiple>(p, rows, u0); });
     }
   } context{p, whole, 1};
   const auto run = [&](int64_t tasks, auto task) {
@@ -180,7 +157,7 @@ static void forward_frozen_with(const Frozen<W>& p, const Pool& pool) {
   context.pieces = (p.B + kFrozenRows - 1) / kFrozenRows;
   const auto uneven = [&] {
     const int64_t tasks = (whole + last) * context.pieces;
-    return tasks < 4 * pool.threads && tasks % pool.threads;
+    return tasks < 4 * pool.threads && (tasks % pool.threads || (last && pool.threads > 1));
   };
   while (uneven() && context.pieces * tile_rows(kPanel) < p.B) context.pieces++;
   run((whole + last) * context.pieces, [](const void* opaque, int64_t i) {

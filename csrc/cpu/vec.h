@@ -68,10 +68,20 @@ typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t HalfBitsUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint32_t WordBits __attribute__((vector_size(kVectorBytes)));
 
+#if defined(__AVX512F__)
+// One instruction, where a conversion and a shift compete with multiplications.
+LSTMFUSED_INLINE Vec<float> load(const bfloat16* p) {
+  const __m512i high_halves = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                               6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(
+      0xaaaaaaaa, high_halves, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)));
+}
+#else
 LSTMFUSED_INLINE Vec<float> load(const bfloat16* p) {
   const HalfBits bits = *(const HalfBitsUnaligned*)p;
   return (Vec<float>)(__builtin_convertvector(bits, WordBits) << 16);
 }
+#endif
 
 LSTMFUSED_INLINE void store(bfloat16* p, Vec<float> v) {
   const WordBits bits = (WordBits)v;
