@@ -198,3 +198,18 @@ def test_calls_against_another_checkout(tmp_path: Path) -> None:
     done = python("benchmarks.calls", "--against", tmp_path, "--rounds", 1)
     assert done.returncode != 0
     assert str(tmp_path) in done.stderr
+
+
+def test_frozen(tmp_path: Path) -> None:
+    out = tmp_path / "frozen.json"
+    extent = ("--shapes", "3:5", "--batches", "1,7", "--threads", 1, "--budget", 2)
+    done = python("benchmarks.frozen", *extent, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for dtype in ("float32", "bfloat16", "int8"):
+        assert f"{dtype} weights, larger batches: geometric mean" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 7]
+    for row in rows:
+        times = {name: timing["median"] for name, timing in row["microseconds"].items()}
+        own = times.pop("lstmfused")
+        assert row["speedup"] == {name: own / time for name, time in times.items()}
