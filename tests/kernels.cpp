@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #define PASTE(a, b) a##b
@@ -111,7 +112,6 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
   const vector<double> x = values(x_), h = values(h_), c = values(cx), wi = values(weight_ih),
                        wh = values(weight_hh), bi = values(bias_ih), bh = values(bias_hh),
                        gh = values(grad_h), gc = values(grad_c);
-  const vector<A> input(x.begin(), x.end()), hx(h.begin(), h.end());
 
   vector<double> gates(B * G), next_c(B * H), next_h(B * H);
   for (int64_t b = 0; b < B; b++)
@@ -127,11 +127,12 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
       next_c[b * H + u] = gate[1] * c[b * H + u] + gate[0] * gate[2];
       next_h[b * H + u] = gate[3] * tanh(next_c[b * H + u]);
     }
-  for (bool save_gates : {false, true}) {
+  for (const auto& [save_gates, batch_invariant] :
+       {std::pair{false, false}, {false, true}, {true, false}}) {
     vector<T> out_h(B * H), out_c(B * H), out_gates(save_gates ? B * G : 0);
-    kernels.forward({B, I, H, input.data(), I, hx.data(), H, cx.data(), H, weight_ih.data(),
-                     weight_hh.data(), bias_ih.data(), bias_hh.data(), out_h.data(), out_c.data(),
-                     save_gates ? out_gates.data() : nullptr},
+    kernels.forward({B, I, H, x_.data(), I, h_.data(), H, cx.data(), H, weight_ih.data(), weight_hh.data(),
+                     bias_ih.data(), bias_hh.data(), out_h.data(), out_c.data(),
+                     save_gates ? out_gates.data() : nullptr, batch_invariant},
                     pool);
     check("h", out_h, next_h, double(I + H), B, I, H);
     check("c", out_c, next_c, double(I + H), B, I, H);
