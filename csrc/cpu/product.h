@@ -96,7 +96,8 @@ struct Product {
 
   // sums (rows, columns)
   void add_blocks(Range rows, Range columns, A* sums, int64_t stride) const {
-    const bool pack = rows.size >= kPackRows && K >= kPackDepth;
+    // Pairs round the gate gradients: whether they are used must not depend on the cut.
+    const bool pack = (kSpan<T> > 1 ? M : rows.size) >= kPackRows && K >= kPackDepth;
     for (int64_t k = 0; k < K; k += depth) {
       const Block block{rows.size,
                         left.from(rows.begin, k, K - k < depth ? K - k : depth),
