@@ -217,7 +217,7 @@ def test_same_type_as_torch(bad: str) -> None:
 def test_converted(dtype: torch.dtype, convert: Callable[[nn.Module], nn.Module]) -> None:
     """A dtype it was not made with is refused, also where the input has it, too."""
     frozen = convert(FrozenLSTMCell(nn.LSTMCell(I, H), dtype))
-    for x in (torch.zeros(3, I), torch.zeros(3, I).to(frozen.bias.dtype)):
+    for x in (torch.zeros(3, I), torch.zeros(3, I).type_as(frozen.state_dict()["bias"])):
         with pytest.raises(RuntimeError, match="keeps the dtypes that it was made with"):
             frozen(x)
 
@@ -243,7 +243,9 @@ def parametrized() -> nn.LSTMCell:
 
 
 def pruned() -> nn.LSTMCell:
-    return prune.l1_unstructured(nn.LSTMCell(I, H), "weight_ih", 3)
+    cell = nn.LSTMCell(I, H)
+    prune.l1_unstructured(cell, "weight_ih", 3)
+    return cell
 
 
 def hooked() -> nn.LSTMCell:
