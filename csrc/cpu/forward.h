@@ -285,17 +285,17 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.9 of its depth, but for
-// whole vectors of rows. Far weights come at a pace that the panel keeps.
-// Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two; on an Intel Xeon dots win a little
-// longer where weights fit its second-level cache. A batch-invariant step chooses whatever the batch: dots
-// unless they cost half as much again as their length.
+// A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.97 of its depth, but for
+// whole vectors of rows, and 1.15 of it where one vector is all. Far weights come at a pace that wider
+// panels keep. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two. A batch-invariant step
+// chooses whatever the batch: dots unless they cost half as much again as their length.
 template <class T>
 static bool few_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
   const int64_t K = factors<T>(p.I) + factors<T>(p.H), lanes = (p.B + N - 1) / N * N;
   if (p.batch_invariant) return 2 * (K + 40) < 3 * K;
-  return far_weights(p) ? 10 * p.B < 6 * lanes : 10 * p.B * (K + 40) < 9 * lanes * K;
+  if (lanes > N && far_weights(p)) return 10 * p.B < 6 * lanes;
+  return 100 * p.B * (K + 40) < (lanes > N ? 97 : 115) * lanes * K;
 }
 
 // Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads
