@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # What the README shows.
 RESULT ?= benchmarks/results/amd-epyc-20261125.json
-# Of python -m benchmarks --full, for its targets; there is none yet.
-FULL   ?=
+# Of python -m benchmarks --full, for its targets.
+FULL   ?= benchmarks/results/amd-epyc-20261125-full.json
 
 PY      := $(VENV)/bin/python
 REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL))

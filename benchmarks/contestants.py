@@ -96,7 +96,7 @@ class Frozen(Later):
         return super().supports(case) and 2 <= case.batch <= 64
 
     def forward(self, problem: Problem) -> Forward:
-        freeze: Any = lstmfused.freeze  # type: ignore[attr-defined]
+        freeze: Any = lstmfused.freeze
         return call(freeze(bind(lstmfused.LSTMCell, problem)), problem)
 
 
@@ -108,7 +108,7 @@ class BatchInvariant(Later):
 
     def context(self) -> AbstractContextManager[None]:
         entered: AbstractContextManager[None]
-        entered = lstmfused.batch_invariant()  # type: ignore[attr-defined]
+        entered = lstmfused.batch_invariant()
         return entered
 
 

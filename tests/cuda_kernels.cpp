@@ -257,21 +257,22 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const auto save_gates = [] { return simt::order != simt::Order::kBackward; };
   const auto problem = [&] {
     return Forward<T>{B,
-                         I,
-                         H,
-                         input.data(),
-                         input.stride,
-                         hx.data(),
-                         hx.stride,
-                         cx.data(),
-                         cx.stride,
-                         weight_ih.data(),
-                         weight_hh.data(),
-                         bias_of_input ? bias_ih.data() : nullptr,
-                         bias_of_state ? bias_hh.data() : nullptr,
-                         h.data(),
-                         c.data(),
-                         save_gates() ? gates.data() : nullptr};
+                      I,
+                      H,
+                      input.data(),
+                      input.stride,
+                      hx.data(),
+                      hx.stride,
+                      cx.data(),
+                      cx.stride,
+                      weight_ih.data(),
+                      weight_hh.data(),
+                      bias_of_input ? bias_ih.data() : nullptr,
+                      bias_of_state ? bias_hh.data() : nullptr,
+                      h.data(),
+                      c.data(),
+                      save_gates() ? gates.data() : nullptr,
+                      /*batch_invariant=*/false};
   };
   const auto compare = [&](const Where& at, const Step& expected, bool with_gates) {
     check(at, "h", h, expected.h, double(I + H));
