@@ -30,7 +30,7 @@ BUILDS = {
         os.environ.get("CXX", "c++"),
         ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ),
-    "clang": Build(next(filter(shutil.which, ("clang++", "clang++-14")), "clang++")),
+    "clang": Build(next(filter(shutil.which, ("clang++", "clang++-14")), "clang++"), ("-O1",)),
     "aarch64": Build("aarch64-linux-gnu-g++", ("-static",), ("qemu-aarch64",)),
 }
 CASES = [(name, v) for name in ("sanitized", "clang") for v in BUILT["VARIANTS"]]
@@ -48,6 +48,8 @@ def test_kernels_alone(name: str, variant: str, tmp_path: Path) -> None:
         best = "avx512_bf16"
     if variant != "default" and ORDER.index(variant) > ORDER.index(best):
         pytest.skip(f"this processor has {best}, not {variant}")
+    if variant == "avx512" and best == "avx512_bf16":
+        pytest.skip("avx512_bf16 has the same kernels, but for bfloat16's, which are those of avx2")
     program = tmp_path / "kernels"
     flags = [*BUILT["FLAGS"], *build.flags, *(BUILT["VARIANTS"][variant])]
     subprocess.run(
