@@ -77,39 +77,24 @@ class FusedFloat32(Contestant):
         return lambda: cell(input, (hx, cx))
 
 
-class Later(Contestant):
-    """Of a function that not every version of lstmfused has."""
+class Frozen(Contestant):
+    name = "lstmfused frozen"
 
-    function: str
+    def supports(self, case: Case) -> bool:
+        return case.mode == "inference" and case.dtype == "float32" and 2 <= case.batch <= 64
 
-    def missing(self) -> str | None:
-        return None if hasattr(lstmfused, self.function) else f"no lstmfused.{self.function}"
+    def forward(self, problem: Problem) -> Forward:
+        return call(lstmfused.freeze(bind(lstmfused.LSTMCell, problem)), problem)
+
+
+class BatchInvariant(Fused):
+    name = "lstmfused batch invariant"
 
     def supports(self, case: Case) -> bool:
         return case.mode == "inference" and case.dtype == "float32"
 
-
-class Frozen(Later):
-    name, function = "lstmfused frozen", "freeze"
-
-    def supports(self, case: Case) -> bool:
-        return super().supports(case) and 2 <= case.batch <= 64
-
-    def forward(self, problem: Problem) -> Forward:
-        freeze: Any = lstmfused.freeze
-        return call(freeze(bind(lstmfused.LSTMCell, problem)), problem)
-
-
-class BatchInvariant(Later):
-    name, function = "lstmfused batch invariant", "batch_invariant"
-
-    def forward(self, problem: Problem) -> Forward:
-        return Fused().forward(problem)
-
     def context(self) -> AbstractContextManager[None]:
-        entered: AbstractContextManager[None]
-        entered = lstmfused.batch_invariant()
-        return entered
+        return lstmfused.batch_invariant()
 
 
 class AllocateCell(lstmfused.LSTMCell):

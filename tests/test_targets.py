@@ -7,7 +7,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from benchmarks.roofline import SIZES, Roofline  # noqa: E402
 from benchmarks.rows import row as timed_row  # noqa: E402
 from benchmarks.shapes import Case, Shape  # noqa: E402
 from benchmarks.targets import TARGETS, Target, judged  # noqa: E402
+from benchmarks.verify import Forward, Problem  # noqa: E402
 
 Row = dict[str, Any]
 OVER_TORCH = TARGETS[0]._replace(mean=5, each=1.4)
@@ -165,36 +165,23 @@ def test_memory() -> None:
     assert judged(target("peak memory"), result(memory=[kept, peak]))["reached"] is True
 
 
-def test_contestants_of_later_versions(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = ("lstmfused", "lstmfused frozen", "lstmfused batch invariant")
-    for function in ("freeze", "batch_invariant"):
-        monkeypatch.delattr(lstmfused, function, raising=False)
-    assert [who.name for who in contestants.contestants(names)] == ["lstmfused"]
-    assert "no lstmfused.freeze: lstmfused frozen left out" in capsys.readouterr().out
+def test_frozen_and_batch_invariant_take_part() -> None:
+    modes: list[bool] = []
 
-    entered = 0
+    class Watched(contestants.BatchInvariant):
+        def forward(self, problem: Problem) -> Forward:
+            step = super().forward(problem)
 
-    @contextmanager
-    def batch_invariant() -> Iterator[None]:
-        nonlocal entered
-        entered += 1
-        yield
+            def watched() -> tuple[torch.Tensor, torch.Tensor]:
+                modes.append(lstmfused.is_batch_invariant())
+                return step()
 
-    frozen: list[torch.nn.Module] = []
+            return watched
 
-    def freeze(cell: lstmfused.LSTMCell) -> lstmfused.LSTMCell:
-        frozen.append(cell)
-        return cell
-
-    monkeypatch.setattr(lstmfused, "freeze", freeze, raising=False)
-    monkeypatch.setattr(lstmfused, "batch_invariant", batch_invariant, raising=False)
-    field = contestants.contestants(names)
+    field = [contestants.Fused(), contestants.Frozen(), Watched()]
     found = timed_row(Case(1, "float32", Shape(3, 5), 2, "inference"), field, 0.05, 0)
-    assert set(found["microseconds"]) == set(names) and len(frozen) == 1
-    turns = found["microseconds"]["lstmfused batch invariant"]["rounds"]
-    assert entered == turns + 2  # and for the check, and to find out how many calls make a turn
+    assert set(found["microseconds"]) == {who.name for who in field}
+    assert modes and all(modes) and not lstmfused.is_batch_invariant()
     found = timed_row(Case(1, "float32", Shape(3, 5), 65, "inference"), field, 0.05, 0)
     assert "lstmfused frozen" not in found["microseconds"]
 
