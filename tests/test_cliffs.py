@@ -6,6 +6,7 @@ what a cliff costs, and to fail it must be exceeded again and again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -38,6 +39,18 @@ from benchmarks.timing import measure
 
 Call = Callable[[], object]
 ATTEMPTS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keep_memory() -> None:
+    """Nothing freed goes back to the system from now on, where C's library lets one ask for that.
+    Else all that was allocated before decides which call has its outputs' pages made anew each
+    time, at several times the cost of the call."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)  # the most there may be
 
 
 def paces(calls: Mapping[str, Call], work: Mapping[str, float]) -> dict[str, float]:
@@ -154,9 +167,10 @@ def test_denormals_cost_no_more(dtype: torch.dtype, B: int) -> None:
 def test_pace_at_odd_sizes(
     sizes: tuple[int, ...], kernel: Callable[[Arguments], Call], B: int
 ) -> None:
-    """A multiply-add costs about the same where the size is no multiple of the vector."""
+    """A multiply-add costs about the same where the size is no multiple of the vector: no more than
+    twice as much, as it may where all work is to store vectors that then lie across two lines."""
     calls = {str(n): kernel(random_arguments(B, n, n)) for n in sizes}
-    check_pace(calls, 1.5, {str(n): n * n for n in sizes})
+    check_pace(calls, 2.5, {str(n): n * n for n in sizes})
 
 
 LOPSIDED = ((100_000, 1, 1), (100_000, 3, 3), (100_000, 64, 1), (1, 64, 2100))
