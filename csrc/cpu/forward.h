@@ -285,17 +285,23 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// A dot costs its length and, to sum up its lanes, some 40 more; a panel costs 0.97 of its depth, but for
-// whole vectors of rows, and 1.15 of it where one vector is all. Far weights come at a pace that wider
-// panels keep. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two. A batch-invariant step
-// chooses whatever the batch: dots unless they cost half as much again as their length.
+// The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. A dot
+// costs its length and, to sum up its lanes, some 40 more; a panel costs 0.97 of its depth, but for whole
+// vectors of rows, and 1.15 of it where one vector is all. Far weights come at a pace that wider panels
+// keep. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two. A batch-invariant step chooses
+// whatever the batch: dots unless they cost half as much again as their length.
 template <class T>
-static bool few_rows(const Forward<T>& p) {
+static int64_t dot_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
-  const int64_t K = factors<T>(p.I) + factors<T>(p.H), lanes = (p.B + N - 1) / N * N;
-  if (p.batch_invariant) return 2 * (K + 40) < 3 * K;
-  if (lanes > N && far_weights(p)) return 10 * p.B < 6 * lanes;
-  return 100 * p.B * (K + 40) < (lanes > N ? 97 : 115) * lanes * K;
+  const int64_t K = factors<T>(p.I) + factors<T>(p.H), rest = p.B % N;
+  const bool wide = p.B > N;
+  const auto few = [&](int64_t rows) {
+    const int64_t lanes = (rows + N - 1) / N * N;
+    if (p.batch_invariant) return 2 * (K + 40) < 3 * K;
+    if (wide && far_weights(p)) return 10 * rows < 6 * lanes;
+    return 100 * rows * (K + 40) < (wide ? 97 : 115) * lanes * K;
+  };
+  return few(p.B) ? p.B : few(rest) ? rest : 0;
 }
 
 // Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads
@@ -322,25 +328,30 @@ template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>;
+  const int64_t dots = dot_rows(p), depth = factors<T>(p.I) + factors<T>(p.H) + kFinishWork;
+  struct Grid {
+    int64_t rows, across, down;  // rows, pieces of the units, pieces of the rows
+    int64_t tasks() const { return across * down; }
+  };
   struct Context {
     const Forward<T>& p;
-    int64_t across, down;  // pieces of the units, of the batch
-  } context{p, (p.H + N - 1) / N, (p.B + kDotRows - 1) / kDotRows};
-  const auto run = [&](auto task) {
-    const int64_t depth = factors<T>(p.I) + factors<T>(p.H) + kFinishWork;
-    pool.run(context.across * context.down, (p.B + kWeightWork) * depth * 4 * p.H, task, &context);
-  };
-  if (few_rows(p))
-    return run([](const void* opaque, int64_t i) {
-      const Context& t = *static_cast<const Context*>(opaque);
-      const auto dot = far_weights(t.p) ? forward_dot<true, T> : forward_dot<false, T>;
-      dot(t.p, i % t.across * N, piece(i / t.across, t.down, t.p.B, kDots / 4));
-    });
-  cut(p.B, p.H, pool.threads, context.down, context.across, N);
-  run([](const void* opaque, int64_t i) {
-    const Context& t = *static_cast<const Context*>(opaque);
-    forward_panel(t.p, piece(i / t.across, t.down, t.p.B, N), piece(i % t.across, t.across, t.p.H, N));
-  });
+    Grid panels, dots;
+  } context{p, {p.B - dots, 0, 0}, {dots, (p.H + N - 1) / N, (dots + kDotRows - 1) / kDotRows}};
+  Grid& panels = context.panels;
+  if (panels.rows) cut(panels.rows, p.H, pool.threads, panels.down, panels.across, N);
+  pool.run(
+      panels.tasks() + context.dots.tasks(), (p.B + kWeightWork) * depth * 4 * p.H,
+      [](const void* opaque, int64_t i) {
+        const auto& [p, panels, dots] = *static_cast<const Context*>(opaque);
+        if (i < panels.tasks())
+          return forward_panel(p, piece(i / panels.across, panels.down, panels.rows, N),
+                               piece(i % panels.across, panels.across, p.H, N));
+        i -= panels.tasks();
+        const Range rows = piece(i / dots.across, dots.down, dots.rows, kDots / 4);
+        const auto dot = far_weights(p) ? forward_dot<true, T> : forward_dot<false, T>;
+        dot(p, i % dots.across * N, {panels.rows + rows.begin, rows.size});
+      },
+      &context);
 }
 
 }  // namespace LSTMFUSED_VARIANT
