@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _has_torch_function_variadic
+from torch.compiler import is_compiling
 
 from ._ops import _C
 
@@ -66,13 +67,13 @@ def lstm_cell(
     """
     if hx is None:
         h = c = None
-    elif isinstance(hx, Tensor) or len(hx) != 2:
+    elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # isinstance is slow
         raise bad_state(hx)
     else:
         h, c = hx
 
     step = _C.lstm_cell
-    if torch.compiler.is_compiling() or _has_torch_function_variadic(
+    if is_compiling() or _has_torch_function_variadic(
         input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
     ):
         step = torch.ops.lstmfused.lstm_cell  # what a graph or a tensor subclass can see
