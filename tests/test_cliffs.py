@@ -167,10 +167,12 @@ def test_denormals_cost_no_more(dtype: torch.dtype, B: int) -> None:
 def test_pace_at_odd_sizes(
     sizes: tuple[int, ...], kernel: Callable[[Arguments], Call], B: int
 ) -> None:
-    """A multiply-add costs about the same where the size is no multiple of the vector: no more than
-    twice as much, as it may where all work is to store vectors that then lie across two lines."""
+    """A multiply-add costs about the same where the size is no multiple of the vector. One row's
+    gradients are all stores, each of which may cost twice as much where it lies across two lines:
+    that alone is more than 1.5."""
     calls = {str(n): kernel(random_arguments(B, n, n)) for n in sizes}
-    check_pace(calls, 2.5, {str(n): n * n for n in sizes})
+    only_stores = kernel is backward and B == 1
+    check_pace(calls, 2.5 if only_stores else 1.5, {str(n): n * n for n in sizes})
 
 
 LOPSIDED = ((100_000, 1, 1), (100_000, 3, 3), (100_000, 64, 1), (1, 64, 2100))
