@@ -54,8 +54,8 @@ def arguments() -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Compares one step of lstmfused.LSTMCell with its peers and with the limit of "
         "this processor. Every contestant is first checked against a float64 reference.",
-        epilog="Without options: float32, all threads, the shapes of benchmarks/shapes.py at "
-        "five batch sizes and their own; under ten minutes on two cores. Lists are separated by "
+        epilog="Without options: float32, all threads, the shapes and batch sizes of "
+        "benchmarks/shapes.py; under ten minutes on two cores. Lists are separated by "
         "commas. torch.compile recompiles for every case, so unless --contestants asks for it, it "
         "runs at each shape's own batch only; --full leaves it out.",
     )
@@ -87,7 +87,6 @@ def arguments() -> argparse.Namespace:
     every = (torch.get_num_threads(),)
     args.everywhere = args.contestants is not None
     if args.full:
-        args.batches = args.batches or BATCHES
         args.dtypes = args.dtypes or DTYPES
         args.threads = args.threads or tuple(sorted({1, *every}))
         args.contestants = args.contestants or FULL_CONTESTANTS
@@ -98,6 +97,7 @@ def arguments() -> argparse.Namespace:
         args.contestants = args.contestants or ("lstmfused", "torch", "onnxruntime")
         args.budget = args.budget or 90
     args.shapes = args.shapes or SHAPES
+    args.batches = args.batches or BATCHES
     args.dtypes = args.dtypes or ("float32",)
     args.threads = args.threads or every
     args.contestants = args.contestants or CONTESTANTS

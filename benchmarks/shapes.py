@@ -35,7 +35,7 @@ SHAPES = (
 )
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 97, 128, 256, 512, 1024, 4096)
-COLUMNS = (1, 8, 64, 512, 4096)  # of the README's tables, and of the default run
+COLUMNS = (1, 8, 64, 512, 4096)  # of the README's tables
 MODES = ("inference", "training")  # forward under no_grad; forward and backward
 DOUBLE_BACKWARD = "double backward"  # gradients of a penalty on gradients: only for shapes below
 DOUBLE_SHAPES = ((128, 128), (512, 128), (256, 256))
@@ -77,14 +77,11 @@ def grid(
     threads: Iterable[int],
     dtypes: Iterable[str],
     shapes: Sequence[Shape],
-    batches: Sequence[int] | None,
+    batches: Sequence[int],
     modes: Iterable[str],
 ) -> list[Case]:
-    """Cases from little work to much, so that time small ones leave over goes to large ones.
-
-    Without `batches`: those of the README's columns, and each shape's own.
-    """
-    pairs = [(s, b) for s in shapes for b in sorted(set(batches or (*COLUMNS, s.batch)))]
+    """Cases from little work to much, so that time small ones leave over goes to large ones."""
+    pairs = list(product(shapes, sorted(set(batches))))
     pairs.sort(key=lambda pair: Case(1, "float32", pair[0], pair[1], "inference").flops)
     return [
         Case(count, dtype, shape, batch, mode)

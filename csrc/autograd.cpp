@@ -126,7 +126,7 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
           return property(x) || property(h) || property(c) || property(weight_ih) || property(weight_hh) ||
                  (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
         };
-        if (in_transform() || any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }))
+        if (in_transform() || any(has_tangent))
           return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
         if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
           const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);

@@ -1,4 +1,5 @@
-// Batched or not, with a state or without: the same for every operator that a module calls.
+// What every operator that a module calls has to ask of its arguments: batched or not, with a state or
+// without, in forward mode or not.
 #pragma once
 #include <ATen/ops/zeros.h>
 
@@ -6,21 +7,26 @@
 
 namespace lstmfused {
 
+// In forward mode. torch's own question, isFwGradDefined, takes a copy of the tensor to be asked.
+inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
 // body gets batched arguments of the right ranks; units() is asked only where there is no state.
 template <class Units, class Body>
 State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                  const Units& units, const Body& body) {
   check_ranks(input, hx, cx);
   const bool batched = input.dim() == 2;
-  const Tensor x = batched ? input : input.unsqueeze(0);
-  Tensor h, c;
+  const auto batch = [&](const Tensor& t) {
+    return batched ? MaybeOwned::borrowed(t) : MaybeOwned::owned(t.unsqueeze(0));
+  };
+  const MaybeOwned x = batch(input);
+  State next;
   if (hx) {
-    h = batched ? *hx : hx->unsqueeze(0);
-    c = batched ? *cx : cx->unsqueeze(0);
+    next = body(*x, *batch(*hx), *batch(*cx));
   } else {
-    h = c = at::zeros_symint({x.sym_size(0), units()}, x.options());
+    const Tensor zeros = at::zeros_symint({x->sym_size(0), units()}, x->options());
+    next = body(*x, zeros, zeros);
   }
-  State next = body(x, h, c);
   if (batched) return next;
   return {std::get<0>(next).squeeze(0), std::get<1>(next).squeeze(0)};
 }

@@ -2,7 +2,6 @@
 // bias, and for int8 scale, as the struct Frozen of lstm.h has them, each flat.
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "batch.h"
@@ -21,20 +20,20 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
       [&](const Tensor& given_x, const Tensor& given_h, const Tensor& given_c) -> State {
         check_frozen(given_x, given_h, given_c, weight, bias, scale, input_size, hidden_size);
         const int64_t B = given_x.size(0);
-        const Tensor x = rows(given_x), hidden = rows(given_h), cell = rows(given_c);
-        const Tensor w = weight.contiguous(), b = bias.contiguous(), s = contiguous(scale);
+        const MaybeOwned x = rows(given_x), hidden = rows(given_h), cell = rows(given_c);
+        const MaybeOwned w = contiguous(weight), b = contiguous(bias), s = contiguous(scale);
         const Tensor next_h = at::detail::empty_cpu({B, hidden_size}, at::kFloat);
         const Tensor next_c = at::detail::empty_cpu({B, hidden_size}, at::kFloat);
         const auto run = [&](auto kernel, auto element) {
           using W = decltype(element);
-          kernel({B, input_size, hidden_size, in<float>(x), x.stride(0), in<float>(hidden),
-                  hidden.stride(0), in<float>(cell), cell.stride(0), in<W>(w), in<float>(s), in<float>(b),
-                  out<float>(next_h), out<float>(next_c)},
+          kernel({B, input_size, hidden_size, in<float>(*x), x->stride(0), in<float>(*hidden),
+                  hidden->stride(0), in<float>(*cell), cell->stride(0), in<W>(*w), in<float>(*s),
+                  in<float>(*b), out<float>(next_h), out<float>(next_c)},
                  pool());
         };
         const Kernels& kernels = cpu_kernels();
         if (!next_h.numel()) return {next_h, next_c};
-        switch (w.scalar_type()) {
+        switch (weight.scalar_type()) {
           case at::kFloat: run(kernels.frozen_f32, float()); break;
           case at::kBFloat16: run(kernels.frozen_bf16, bfloat16()); break;
           default: run(kernels.frozen_i8, int8_t());  // checks.cpp admits no other
@@ -47,7 +46,7 @@ State without_gradients(const Tensor& input, const OptionalTensor& hx, const Opt
                         const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
                         int64_t input_size, int64_t hidden_size) {
   const auto wanted = [](const Tensor& t) {
-    return (at::GradMode::is_enabled() && t.requires_grad()) || torch::autograd::isFwGradDefined(t);
+    return (at::GradMode::is_enabled() && t.requires_grad()) || has_tangent(t);
   };
   TORCH_CHECK(!wanted(input) && !(hx && wanted(*hx)) && !(cx && wanted(*cx)) && !wanted(weight) &&
                   !wanted(bias) && !(scale && wanted(*scale)),

@@ -1,4 +1,4 @@
-// Every operator and every binding: the table of contents.
+// Every operator: the table of contents.
 //
 //   lstm_cell            the step, differentiable, batched or not     autograd.cpp
 //   lstm_cell_forward    the step on batched tensors                  cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
@@ -9,15 +9,9 @@
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <atomic>
-
-#include "cpu/variant.h"
-#ifdef LSTMFUSED_CUDA
-#include "cuda/paths.h"
-#endif
 
 TORCH_LIBRARY(lstmfused, m) {
   m.def(
@@ -85,30 +79,3 @@ State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const Opti
 }
 
 }  // namespace lstmfused
-
-// The eager way in: half the cost of torch.ops, the same operator.
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("lstm_cell", &lstmfused::lstm_cell, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("lstm_cell_frozen", &lstmfused::lstm_cell_frozen,
-        pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
-  m.def("batch_invariant", &lstmfused::batch_invariant);
-  m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
-  m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
-  m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
-#ifdef LSTMFUSED_CUDA
-  m.attr("cuda_architectures") = LSTMFUSED_CUDA;
-  m.def("set_cuda_path", &lstmfused::cuda::set_path);
-  m.def("cuda_path", &lstmfused::cuda::path);
-#else
-  m.attr("cuda_architectures") = "";
-#endif
-  m.attr("compiler") =
-#ifdef __clang__
-      "clang " __clang_version__;
-#else
-      "gcc " __VERSION__;
-#endif
-}

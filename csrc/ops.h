@@ -10,6 +10,7 @@ namespace lstmfused {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using MaybeOwned = c10::MaybeOwned<Tensor>;  // one that is only looked at, unless it had to be made
 
 using State = std::tuple<Tensor, Tensor>;                                              // h, c
 using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                              // h, c, gates

@@ -9,17 +9,19 @@
 namespace lstmfused {
 
 // The same values with contiguous rows; rows themselves may lie apart, as in x[:, t].
-inline Tensor rows(const Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : tensor.contiguous();
+inline MaybeOwned rows(const Tensor& tensor) {
+  const bool as_it_is = tensor.stride(1) == 1 || tensor.size(1) <= 1;
+  return as_it_is ? MaybeOwned::borrowed(tensor) : MaybeOwned::owned(tensor.contiguous());
 }
-inline Tensor rows(const OptionalTensor& tensor) {
-  return tensor && tensor->defined() ? rows(*tensor) : Tensor();
+inline MaybeOwned contiguous(const Tensor& tensor) { return tensor.expect_contiguous(); }
+
+inline MaybeOwned rows(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? rows(*tensor) : MaybeOwned();
+}
+inline MaybeOwned contiguous(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() ? contiguous(*tensor) : MaybeOwned();
 }
 inline int64_t row_stride(const Tensor& tensor) { return tensor.defined() ? tensor.stride(0) : 0; }
-
-inline Tensor contiguous(const OptionalTensor& tensor) {
-  return tensor && tensor->defined() ? tensor->contiguous() : Tensor();
-}
 
 // Pointers as the kernels name their types; null for what is undefined or has no element.
 template <class T>
@@ -33,23 +35,23 @@ T* out(const Tensor& tensor) {
 
 struct ForwardTensors {
   int64_t B, I, H;
-  Tensor input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
+  MaybeOwned input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
 
   template <class T>
   Forward<T> with(const Tensor& h, const Tensor& c, const Tensor& gates) const {
     return {B,
             I,
             H,
-            in<T>(input),
-            input.stride(0),
-            in<T>(hx),
-            hx.stride(0),
-            in<T>(cx),
-            cx.stride(0),
-            in<T>(weight_ih),
-            in<T>(weight_hh),
-            in<T>(bias_ih),
-            in<T>(bias_hh),
+            in<T>(*input),
+            input->stride(0),
+            in<T>(*hx),
+            hx->stride(0),
+            in<T>(*cx),
+            cx->stride(0),
+            in<T>(*weight_ih),
+            in<T>(*weight_hh),
+            in<T>(*bias_ih),
+            in<T>(*bias_hh),
             out<T>(h),
             out<T>(c),
             out<T>(gates),
@@ -67,15 +69,15 @@ inline ForwardTensors forward_tensors(const Tensor& input, const Tensor& hx, con
           rows(input),
           rows(hx),
           rows(cx),
-          weight_ih.contiguous(),
-          weight_hh.contiguous(),
+          contiguous(weight_ih),
+          contiguous(weight_hh),
           contiguous(bias_ih),
           contiguous(bias_hh)};
 }
 
 struct BackwardTensors {
   int64_t B, I, H;
-  Tensor grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh;
+  MaybeOwned grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh;
 
   // The gradients that are wanted, uninitialized, by make(shape); the others have no element. A batch of
   // nothing still has weight gradients.
@@ -97,19 +99,19 @@ struct BackwardTensors {
     return {B,
             I,
             H,
-            in<T>(grad_h),
-            row_stride(grad_h),
-            in<T>(grad_c),
-            row_stride(grad_c),
-            in<T>(gates),
-            in<T>(input),
-            input.stride(0),
-            in<T>(hx),
-            hx.stride(0),
-            in<T>(cx),
-            cx.stride(0),
-            in<T>(weight_ih),
-            in<T>(weight_hh),
+            in<T>(*grad_h),
+            row_stride(*grad_h),
+            in<T>(*grad_c),
+            row_stride(*grad_c),
+            in<T>(*gates),
+            in<T>(*input),
+            input->stride(0),
+            in<T>(*hx),
+            hx->stride(0),
+            in<T>(*cx),
+            cx->stride(0),
+            in<T>(*weight_ih),
+            in<T>(*weight_hh),
             grad_gates.size(0),
             out<X>(grad_gates),
             grad_gates.size(1),
@@ -129,9 +131,9 @@ inline BackwardTensors backward_tensors(const OptionalTensor& grad_h, const Opti
                                         const Tensor& weight_hh) {
   check_step(input, hx, cx, weight_ih, weight_hh, {}, {});
   check_backward(grad_h, grad_c, gates, cx);
-  return {input.size(0),         input.size(1), hx.size(1), rows(grad_h), rows(grad_c),
-          gates.contiguous(),    rows(input),   rows(hx),   rows(cx),     weight_ih.contiguous(),
-          weight_hh.contiguous()};
+  return {input.size(0), input.size(1),         hx.size(1),           rows(grad_h),
+          rows(grad_c),  contiguous(gates),     rows(input),          rows(hx),
+          rows(cx),      contiguous(weight_ih), contiguous(weight_hh)};
 }
 
 }  // namespace lstmfused

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _has_torch_function_variadic
+from torch.compiler import is_compiling
 from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -88,12 +89,12 @@ class FrozenLSTMCell(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if hx is None:
             h = c = None
-        elif isinstance(hx, Tensor) or len(hx) != 2:
+        elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # Tensor's is slow
             raise bad_state(hx)
         else:
             h, c = hx
         step = _C.lstm_cell_frozen
-        if torch.compiler.is_compiling() or _has_torch_function_variadic(input, h, c):
+        if is_compiling() or _has_torch_function_variadic(input, h, c):
             step = torch.ops.lstmfused.lstm_cell_frozen  # what a graph or a tensor subclass can see
         b: dict[str, Any] = self._buffers
         sizes = self.input_size, self.hidden_size

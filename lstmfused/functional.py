@@ -67,7 +67,7 @@ def lstm_cell(
     """
     if hx is None:
         h = c = None
-    elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # isinstance is slow
+    elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # Tensor's is slow
         raise bad_state(hx)
     else:
         h, c = hx

@@ -21,6 +21,7 @@ from benchmarks import compiled, machine, report  # noqa: E402
 from benchmarks.contestants import Contestant, Fused, OnnxRuntime, Torch  # noqa: E402
 from benchmarks.roofline import SIZES, Roofline  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
+    BATCHES,
     DOUBLE_BACKWARD,
     DOUBLE_SHAPES,
     MODES,
@@ -136,7 +137,7 @@ def test_limit() -> None:
 
 
 def test_default_grid_has_every_shape_at_its_own_batch() -> None:
-    cases = {(case.shape, case.batch) for case in grid([1], ["float32"], SHAPES, None, MODES)}
+    cases = {(case.shape, case.batch) for case in grid([1], ["float32"], SHAPES, BATCHES, MODES)}
     assert {(shape, shape.batch) for shape in SHAPES} <= cases
 
 

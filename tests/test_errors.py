@@ -92,6 +92,20 @@ def test_input_that_is_no_tensor(bad: object) -> None:
     assert isinstance(error, (TypeError, AttributeError, RuntimeError))
 
 
+def test_first_argument_that_is_no_tensor_is_named() -> None:
+    x, h, c, *weights = random_arguments(2, I, H)
+    calls: list[tuple[str, Any]] = [
+        (r"'input' must be Tensor, not list", ([1.0], (h, c), *weights)),
+        (r"'hx\[0\]' must be Tensor, not int", (x, (1, 2), *weights)),
+        (r"'hx\[1\]' must be Tensor, not str", (x, (h, "c"), *weights)),
+        (r"'weight_hh' must be Tensor, not NoneType", (x, (h, c), weights[0], None, 1, 2)),
+        (r"'bias_hh' must be Tensor, not float", (x, (h, c), *weights[:3], 1.0)),
+    ]
+    for message, arguments in calls:
+        with pytest.raises(TypeError, match=message):
+            lstmfused.functional.lstm_cell(*arguments)
+
+
 def test_bare_state_says_what_is_wanted() -> None:
     arguments = random_arguments(2, I, H)
     with pytest.raises(TypeError, match=r"\(h, c\)"):

@@ -328,7 +328,7 @@ template <class T>
 static void forward(const Forward<T>& p, const Pool& pool) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>;
-  const int64_t dots = dot_rows(p), depth = factors<T>(p.I) + factors<T>(p.H) + kFinishWork;
+  const int64_t few = dot_rows(p), depth = factors<T>(p.I) + factors<T>(p.H) + kFinishWork;
   struct Grid {
     int64_t rows, across, down;  // rows, pieces of the units, pieces of the rows
     int64_t tasks() const { return across * down; }
@@ -336,7 +336,7 @@ static void forward(const Forward<T>& p, const Pool& pool) {
   struct Context {
     const Forward<T>& p;
     Grid panels, dots;
-  } context{p, {p.B - dots, 0, 0}, {dots, (p.H + N - 1) / N, (dots + kDotRows - 1) / kDotRows}};
+  } context{p, {p.B - few, 0, 0}, {few, (p.H + N - 1) / N, (few + kDotRows - 1) / kDotRows}};
   Grid& panels = context.panels;
   if (panels.rows) cut(panels.rows, p.H, pool.threads, panels.down, panels.across, N);
   pool.run(

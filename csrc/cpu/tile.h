@@ -22,8 +22,12 @@ constexpr int kTileSums = 12;  // of 16
 #endif
 constexpr int kTileRows = 12;  // more have too many loads for their additions
 
-// Rows of a tile of V vectors: as many as there are registers for.
-constexpr int tile_rows(int V) { return kTileSums / V < kTileRows ? kTileSums / V : kTileRows; }
+// Rows of a tile of V vectors: as many as there are registers for. Of two vectors 8 are enough; rows are
+// often pages apart, and the lines of more would take each other's place in the first-level cache.
+constexpr int tile_rows(int V) {
+  const int most = V == 2 ? 8 : kTileRows;
+  return kTileSums / V < most ? kTileSums / V : most;
+}
 
 template <class A>
 constexpr int kWidth = kPanel * kLanes<A>;

@@ -82,9 +82,9 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
       return;
     case Path::kProducts:
       if constexpr (has_finish<T>) {
-        Tensor sums = gates.numel() ? gates : at::empty({p.B, 4 * p.H}, given.input.options());
-        at::mm_out(sums, given.input, given.weight_ih.t());
-        sums.addmm_(given.hx, given.weight_hh.t());
+        Tensor sums = gates.numel() ? gates : at::empty({p.B, 4 * p.H}, given.input->options());
+        at::mm_out(sums, *given.input, given.weight_ih->t());
+        sums.addmm_(*given.hx, given.weight_hh->t());
         check_status(finish(p, in<T>(sums), device));
       }
   }
@@ -137,10 +137,10 @@ Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, c
       check_status(backward_few_rows(p, device));
       return;
     }
-    product(std::get<0>(gradients), grad_gates, given.weight_ih);
-    product(std::get<1>(gradients), grad_gates, given.weight_hh);
-    product(std::get<3>(gradients), grad_gates.t(), given.input);
-    product(std::get<4>(gradients), grad_gates.t(), given.hx);
+    product(std::get<0>(gradients), grad_gates, *given.weight_ih);
+    product(std::get<1>(gradients), grad_gates, *given.weight_hh);
+    product(std::get<3>(gradients), grad_gates.t(), *given.input);
+    product(std::get<4>(gradients), grad_gates.t(), *given.hx);
   });
   return gradients;
 }

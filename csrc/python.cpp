@@ -1,0 +1,130 @@
+// Every binding: what Python sees of the extension.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include "cpu/variant.h"
+#include "ops.h"
+#ifdef LSTMFUSED_CUDA
+#include "cuda/paths.h"
+#endif
+
+namespace lstmfused {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------
+// The eager way in: the operators, called by position, at half the cost of torch.ops. To go through
+// pybind11, too, would take longer than a small step computes.
+
+using Names = const char* const*;
+constexpr const char* kStep[] = {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+constexpr const char* kFrozen[] = {"input", "hx[0]", "hx[1]",      "weight",
+                                   "bias",  "scale", "input_size", "hidden_size"};
+
+template <class T>
+void check(PyObject* object, const char* name) {
+  if constexpr (!std::is_same_v<T, int64_t>) {
+    const bool none = std::is_same_v<T, OptionalTensor> && object == Py_None;
+    TORCH_CHECK_TYPE(none || THPVariable_Check(object), "lstm_cell(): argument '", name,
+                     "' must be Tensor, not ", Py_TYPE(object)->tp_name);
+  }
+}
+
+// What Python holds, uncounted: the first owner beside Python costs a call back into it, and so does the
+// last one to go.
+template <class T>
+struct Borrowed {
+  const T& value;
+  explicit Borrowed(PyObject* object) : value(THPVariable_Unpack(object)) {}
+};
+template <>
+struct Borrowed<OptionalTensor> {
+  using Borrow = c10::MaybeOwnedTraits<Tensor>;
+  OptionalTensor value;
+  explicit Borrowed(PyObject* object) {
+    if (object != Py_None) value = Borrow::createBorrow(THPVariable_Unpack(object));
+  }
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() {
+    if (value) Borrow::destroyBorrow(*value);
+  }
+};
+template <>
+struct Borrowed<int64_t> {
+  int64_t value;
+  explicit Borrowed(PyObject* object) : value(THPUtils_unpackLong(object)) {}
+};
+
+// So few numbers that the step ends before another thread would have noticed that the GIL is free.
+bool little(const Tensor& tensor) {
+  constexpr int64_t kLittle = 1 << 16;
+  return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+         tensor.numel() < kLittle;
+}
+bool little(const OptionalTensor& tensor) { return !tensor || little(*tensor); }
+bool little(int64_t) { return true; }
+
+template <class... Arguments>
+State call(State (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {
+  if ((little(given.value) && ...)) return step(given.value...);
+  const std::tuple<std::decay_t<Arguments>...> kept{given.value...};  // whatever others do meanwhile
+  const pybind11::gil_scoped_release no_gil;
+  return std::apply(step, kept);
+}
+
+template <class... Arguments, size_t... I>
+PyObject* checked_call(State (*step)(Arguments...), Names names, PyObject* const* objects, Py_ssize_t count,
+                       std::index_sequence<I...>) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == sizeof...(I), "lstm_cell() takes ", sizeof...(I), " arguments, got ", count);
+  (check<std::decay_t<Arguments>>(objects[I], names[I]), ...);
+  State next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
+  THPObjectPtr pair(PyTuple_New(2));
+  if (!pair) throw python_error();
+  PyTuple_SET_ITEM(pair.get(), 0, THPVariable_Wrap(std::move(std::get<0>(next))));
+  PyTuple_SET_ITEM(pair.get(), 1, THPVariable_Wrap(std::move(std::get<1>(next))));
+  return pair.release();
+  END_HANDLE_TH_ERRORS
+}
+
+template <auto step, const auto& names>
+PyMethodDef method(const char* name) {
+  constexpr _PyCFunctionFast function = [](PyObject*, PyObject* const* objects, Py_ssize_t count) {
+    return checked_call(step, names, objects, count, std::make_index_sequence<std::size(names)>{});
+  };
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          nullptr};
+}
+
+PyMethodDef methods[] = {
+    method<lstm_cell, kStep>("lstm_cell"),
+    method<lstm_cell_composed, kStep>("lstm_cell_composed"),
+    method<lstm_cell_frozen, kFrozen>("lstm_cell_frozen"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+}  // namespace lstmfused
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  if (PyModule_AddFunctions(m.ptr(), lstmfused::methods)) throw pybind11::error_already_set();
+  m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
+  m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
+  m.def("batch_invariant", &lstmfused::batch_invariant);
+  m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
+  m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
+#ifdef LSTMFUSED_CUDA
+  m.attr("cuda_architectures") = LSTMFUSED_CUDA;
+  m.def("set_cuda_path", &lstmfused::cuda::set_path);
+  m.def("cuda_path", &lstmfused::cuda::path);
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+  m.attr("compiler") =
+#ifdef __clang__
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+}
