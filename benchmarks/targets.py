@@ -2,11 +2,13 @@
 
 A row's ratio is the time (or the memory) of a peer over that of the subject, measured by turns in
 one run; the peer may be the limit. "At the limit" is what the subject's ratio would be if each of
-its calls took as long as the roofline says, or as the operator that only allocates if that is more.
+its steps took as long as the roofline says or, if that is more, as an operator that only allocates:
+in that row or, where it was not measured, in the median row.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -137,12 +139,11 @@ def amounts(row: Row) -> dict[str, float]:
 
 def found(target: Target, result: Row) -> list[Found]:
     """From the least ratio to the largest."""
-    part = result.get("avx2", {}) if target.rows == "avx2_rows" else result
-    calls = {
-        entry["threads"]: median(entry, "allocate")
-        for entry in part.get("overhead", [])
-        if "allocate" in entry["microseconds"]
-    }
+    allocating: dict[int, list[float]] = {}  # by threads: steps that compute nothing
+    for row in result.get(target.rows, []):
+        if row["mode"] == target.mode and "allocate" in row.get("microseconds", {}):
+            allocating.setdefault(row["threads"], []).append(median(row, "allocate"))
+    least = {threads: statistics.median(times) for threads, times in allocating.items()}
     rows = []
     for row in result.get(target.rows, []):
         measured = amounts(row)
@@ -153,7 +154,8 @@ def found(target: Target, result: Row) -> list[Found]:
         peer, own = measured[target.peer], measured[target.subject]
         at_limit = share = None
         if "limit" in measured:
-            bound = max(measured["limit"], calls.get(row["threads"], 0))
+            allocate = measured.get("allocate", least.get(row["threads"], 0))
+            bound = max(measured["limit"], allocate)
             at_limit, share = peer / bound, bound / own
         rows.append(Found(row, peer / own, at_limit, share))
     return sorted(rows, key=lambda entry: entry.ratio)
@@ -292,9 +294,10 @@ def markdown(result: Row) -> str:
     notes = [
         f"{result['processor']}, threads {' and '.join(map(str, threads))}; torch "
         f"{result['versions']['torch']}, revision {revision}, {result['date'][:10]}. Means are "
-        "geometric. At the limit: what a cell would reach whose every call took as long as the "
-        "roofline says or, if that is more, as an operator that only allocates its outputs. That "
-        "one is called as a module, as the cell is; whole calls are compared."
+        "geometric. At the limit: what a cell would reach whose every step took as long as the "
+        "roofline says or, if that is more, as an operator that only allocates its outputs and, in "
+        "training, the gradients (at B <= 8, H <= 64). That one is called as a module, as the cell "
+        "is; whole calls are compared."
     ]
     if environment := result.get("avx2", {}).get("environment"):
         settings = " ".join(f"{name}={value}" for name, value in environment.items())

@@ -166,7 +166,7 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kDots = 16;  // sums in flight, of 32 registers
 #else
-constexpr int kDots = 8;  // of 16
+constexpr int kDots = 12;  // of 16
 #endif
 constexpr int kDotRows = 128;  // of which scratch has room for the sums
 
@@ -285,11 +285,18 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. A dot
-// costs its length and, to sum up its lanes, some 40 more; a panel costs 0.97 of its depth, but for whole
-// vectors of rows, and 1.15 of it where one vector is all. Far weights come at a pace that wider panels
-// keep. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024, one thread and two. A batch-invariant step chooses
-// whatever the batch: dots unless they cost half as much again as their length.
+// The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. In
+// hundredths of what a number of a row costs as a dot, beside kLaneWork to sum up its lanes, a panel costs
+// kWidePanel, but for whole vectors of rows, and kNarrowPanel where one vector is all. Far weights come at
+// a pace that wider panels keep. Measured on Zen 4 from 16 -> 16 to 1024 -> 1024, one thread and two. A
+// batch-invariant step chooses whatever the batch: dots unless they cost half as much again as their
+// length.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kLaneWork = 40, kWidePanel = 97, kNarrowPanel = 115;
+#else
+constexpr int64_t kLaneWork = 8, kWidePanel = 84, kNarrowPanel = 104;
+#endif
+
 template <class T>
 static int64_t dot_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
@@ -297,9 +304,9 @@ static int64_t dot_rows(const Forward<T>& p) {
   const bool wide = p.B > N;
   const auto few = [&](int64_t rows) {
     const int64_t lanes = (rows + N - 1) / N * N;
-    if (p.batch_invariant) return 2 * (K + 40) < 3 * K;
+    if (p.batch_invariant) return 2 * (K + kLaneWork) < 3 * K;
     if (wide && far_weights(p)) return 10 * rows < 6 * lanes;
-    return 100 * rows * (K + 40) < (wide ? 97 : 115) * lanes * K;
+    return 100 * rows * (K + kLaneWork) < (wide ? kWidePanel : kNarrowPanel) * lanes * K;
   };
   return few(p.B) ? p.B : few(rest) ? rest : 0;
 }
@@ -343,12 +350,17 @@ static void forward(const Forward<T>& p, const Pool& pool) {
       panels.tasks() + context.dots.tasks(), (p.B + kWeightWork) * depth * 4 * p.H,
       [](const void* opaque, int64_t i) {
         const auto& [p, panels, dots] = *static_cast<const Context*>(opaque);
-        if (i < panels.tasks())
-          return forward_panel(p, piece(i / panels.across, panels.down, panels.rows, N),
-                               piece(i % panels.across, panels.across, p.H, N));
+        const bool far = far_weights(p);
+        if (i < panels.tasks()) {
+          // Of far weights some are used for all rows before the next ones are fetched.
+          const int64_t down = far ? i % panels.down : i / panels.across,
+                        across = far ? i / panels.down : i % panels.across;
+          return forward_panel(p, piece(down, panels.down, panels.rows, N),
+                               piece(across, panels.across, p.H, N));
+        }
         i -= panels.tasks();
         const Range rows = piece(i / dots.across, dots.down, dots.rows, kDots / 4);
-        const auto dot = far_weights(p) ? forward_dot<true, T> : forward_dot<false, T>;
+        const auto dot = far ? forward_dot<true, T> : forward_dot<false, T>;
         dot(p, i % dots.across * N, {panels.rows + rows.begin, rows.size});
       },
       &context);

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 #include <unistd.h>
 
@@ -85,8 +86,25 @@ auto with_kernels(at::ScalarType dtype, F&& f) {
   }
 }
 
+// Memory that is new to the process comes page by page, and a page costs more to get than to write. Where
+// Linux gives large ones to who asks for them, large tensors ask.
+void ask_for_large_pages([[maybe_unused]] const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kLarge = 4 << 20, kPage = 64 << 10;  // whole pages wherever these are no larger
+  if (tensor.nbytes() < kLarge) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()),
+                  first = (begin + kPage - 1) / kPage * kPage,
+                  end = (begin + tensor.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // at::empty without its trip through the dispatcher, which small calls would feel.
-Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::detail::empty_cpu(shape, dtype); }
+Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
+  const Tensor tensor = at::detail::empty_cpu(shape, dtype);
+  ask_for_large_pages(tensor);
+  return tensor;
+}
 
 StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                       const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
