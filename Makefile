@@ -5,7 +5,7 @@ VENV   ?= .venv
 # What the README shows.
 RESULT ?= benchmarks/results/amd-epyc-20261125.json
 # Of python -m benchmarks --full, for its targets.
-FULL   ?= benchmarks/results/amd-epyc-20261125-full.json
+FULL   ?= benchmarks/results/amd-epyc-20261126-full.json
 
 PY      := $(VENV)/bin/python
 REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL))
