@@ -285,30 +285,33 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. In
-// hundredths of what a number of a row costs as a dot, beside kLaneWork to sum up its lanes, a panel costs
-// kWidePanel, but for whole vectors of rows, and kNarrowPanel where one vector is all. Far weights come at
-// a pace that wider panels keep. Measured on Zen 4 from 16 -> 16 to 1024 -> 1024, one thread and two. A
-// batch-invariant step chooses whatever the batch: dots unless they cost half as much again as their
-// length.
+// What a unit of a row costs, as a dot or in a panel, in hundredths of a multiply-add: so much for each of
+// its factors, and so much beside. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int64_t kLaneWork = 40, kWidePanel = 97, kNarrowPanel = 115;
+constexpr int64_t kDotCost = 105, kDotMore = 6900, kPanelMore = 2800, kWideCost = 104, kNarrowCost = 133;
 #else
-constexpr int64_t kLaneWork = 8, kWidePanel = 84, kNarrowPanel = 104;
+constexpr int64_t kDotCost = 119, kDotMore = 950, kPanelMore = 0, kWideCost = 100, kNarrowCost = 124;
 #endif
 
+// The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. A dot
+// takes whole vectors along the depth, and a quarter more where a weight's rows begin anywhere in a cache
+// line; a panel takes whole vectors of rows, and more if one of them is all. Far weights come at a pace
+// that wider panels keep. A batch-invariant step chooses whatever the batch.
 template <class T>
 static int64_t dot_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
-  const int64_t K = factors<T>(p.I) + factors<T>(p.H), rest = p.B % N;
+  const auto whole = [](int64_t n) { return (n + N - 1) / N * N; };
+  const int64_t I = factors<T>(p.I), H = factors<T>(p.H), K = I + H;
+  const int64_t depth = whole(I) + whole(H), length = depth == K ? depth : depth * 5 / 4;
   const bool wide = p.B > N;
+  const int64_t dot = kDotCost * length + kDotMore, cost = (wide ? kWideCost : kNarrowCost) * K,
+                panel = cost > 100 * K + kPanelMore ? cost : 100 * K + kPanelMore;
   const auto few = [&](int64_t rows) {
-    const int64_t lanes = (rows + N - 1) / N * N;
-    if (p.batch_invariant) return 2 * (K + kLaneWork) < 3 * K;
-    if (wide && far_weights(p)) return 10 * rows < 6 * lanes;
-    return 100 * rows * (K + kLaneWork) < (wide ? kWidePanel : kNarrowPanel) * lanes * K;
+    if (p.batch_invariant) return K > 80;
+    if (wide && far_weights(p)) return 10 * rows < 6 * whole(rows);
+    return rows * dot < whole(rows) * panel;
   };
-  return few(p.B) ? p.B : few(rest) ? rest : 0;
+  return few(p.B) ? p.B : few(p.B % N) ? p.B % N : 0;
 }
 
 // Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads

@@ -226,14 +226,18 @@ static void transpose_into(Factor<T>* out, int64_t out_stride, const T* from, in
   }
 }
 
-// Piece i of n of the range [0, total), in multiples of `unit`.
+// Piece i of n of the range [0, total), in multiples of `unit`. Those that are larger by one are spread
+// from the first on: threads find them before the smaller ones.
 struct Range {
   int64_t begin, size;
 };
 static Range piece(int64_t i, int64_t n, int64_t total, int64_t unit) {
   const int64_t units = (total + unit - 1) / unit;
-  const int64_t begin = units * i / n * unit, end = units * (i + 1) / n * unit;
-  return {begin, (end < total ? end : total) - begin};
+  const auto start = [&](int64_t i) {
+    const int64_t at = (units * i + n - 1) / n * unit;
+    return at < total ? at : total;
+  };
+  return {start(i), start(i + 1) - start(i)};
 }
 
 }  // namespace LSTMFUSED_VARIANT
