@@ -3,7 +3,7 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
 # What the README shows.
-RESULT ?= benchmarks/results/amd-epyc-20261125.json
+RESULT ?= benchmarks/results/amd-epyc-20261126.json
 # Of python -m benchmarks --full, for its targets.
 FULL   ?= benchmarks/results/amd-epyc-20261126-full.json
 
