@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from statistics import geometric_mean
 from typing import NamedTuple
 
 from .report import NAMES, Row, duration, median, shape, table
@@ -32,7 +31,7 @@ class Target(NamedTuple):
     rows: str = "rows"  # where in the result
     form: str = "ratio"  # share: in percent; cost: the other way round, and at most
     peak: str | None = None  # only where the processor has this one
-    cause: str | None = None  # known, of what no row can tell
+    cause: str | None = None  # why it is missed, where no row can tell
 
 
 def wide(row: Row) -> bool:
@@ -112,7 +111,7 @@ TARGETS = (
         rows="memory",
         form="cost",
         cause="one operator holds the gates and their gradients, 4 * B * H elements each, side by "
-        "side; torch frees the former between two nodes of its graph",
+        "side; torch, whose step is many nodes, frees the former on its way through them",
     ),
     Target(
         "cost of the batch-invariant mode",
@@ -172,7 +171,7 @@ def shown(target: Target, ratio: float, digits: str = ".2f") -> str:
 
 def both(target: Target, ratios: list[float]) -> str:
     """Geometric mean and worst."""
-    return f"{shown(target, geometric_mean(ratios))}, {shown(target, min(ratios))}"
+    return f"{shown(target, statistics.geometric_mean(ratios))}, {shown(target, min(ratios))}"
 
 
 def goal(target: Target) -> str:
@@ -199,7 +198,8 @@ def shares(rows: list[Found]) -> str:
             units, batch = group(entry.row)
             by.setdefault(units, {}).setdefault(batch, []).append(entry.share)
     return "; ".join(
-        f"{units}: " + ", ".join(f"{geometric_mean(v):.0%} at {batch}" for batch, v in b.items())
+        f"{units}: "
+        + ", ".join(f"{statistics.geometric_mean(v):.0%} at {batch}" for batch, v in b.items())
         for units, b in by.items()
     )
 
@@ -228,8 +228,8 @@ def causes(target: Target, rows: list[Found]) -> list[str]:
     ratios = [entry.ratio for entry in rows]
     limits = [entry.at_limit for entry in rows if entry.at_limit is not None]
     texts, machine = [], True
-    if target.mean is not None and geometric_mean(ratios) < target.mean:
-        bound = geometric_mean(limits) if len(limits) == len(rows) else None
+    if target.mean is not None and statistics.geometric_mean(ratios) < target.mean:
+        bound = statistics.geometric_mean(limits) if len(limits) == len(rows) else None
         if bound is not None and bound < target.mean:
             texts.append(f"beyond this machine, the mean at the limit is {shown(target, bound)}")
         else:
@@ -259,7 +259,7 @@ def judged(target: Target, result: Row) -> Row:
     ratios = [entry.ratio for entry in rows]
     limits = [entry.at_limit for entry in rows if entry.at_limit is not None]
     goals = [
-        (target.mean, geometric_mean(ratios)),
+        (target.mean, statistics.geometric_mean(ratios)),
         (target.each, ratios[0]),
     ]
     held = [value >= wanted for wanted, value in goals if wanted is not None]

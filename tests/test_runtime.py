@@ -193,3 +193,29 @@ def test_build_info() -> None:
     printed = run_python("-m", "lstmfused")
     assert "cpu kernel" in printed
     assert all(isinstance(key, str) and isinstance(info[key], str) for key in info)
+
+
+SMAPS = Path("/proc/self/smaps")
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ADVISED = """
+import sys, torch, lstmfused
+def advised(tensor):
+    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in open("/proc/self/smaps"):
+        first, *flags = line.split()
+        if flags and "-" in first and not first.endswith(":"):
+            begin, end = (int(word, 16) for word in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return "hg" in flags
+with torch.no_grad():
+    for rows in 1 << 14, 1 << 17:  # h of 1 MiB, of 8 MiB
+        h, c = lstmfused.LSTMCell(1, 16)(torch.ones(rows, 1))
+        print(advised(h), advised(c))
+"""
+
+
+@pytest.mark.skipif(not (SMAPS.exists() and LARGE_PAGES.exists()), reason="no large pages here")
+def test_large_outputs_ask_for_large_pages() -> None:
+    """The kernel's own list of mappings tells which have asked."""
+    assert run_python("-c", ADVISED).split("\n")[:2] == ["False False", "True True"]

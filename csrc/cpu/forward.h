@@ -285,8 +285,9 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
 
 // ---------------------------------------------------------------------------------------------------
 
-// What a unit of a row costs, as a dot or in a panel, in hundredths of a multiply-add: so much for each of
-// its factors, and so much beside. Measured on Zen 4 from 2 -> 20 to 1024 -> 1024.
+// What a unit of a row costs, as a dot or in a panel of several vectors of rows (wide) or of one (narrow),
+// in hundredths of a multiply-add: so much for each of its factors, and so much beside. Measured on Zen 4
+// in float32, from 2 -> 20 to 1024 -> 1024; on aarch64 not.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int64_t kDotCost = 105, kDotMore = 6900, kPanelMore = 2800, kWideCost = 104, kNarrowCost = 133;
 #else
@@ -295,8 +296,9 @@ constexpr int64_t kDotCost = 119, kDotMore = 950, kPanelMore = 0, kWideCost = 10
 
 // The rows at the end of the batch that are dots: all of them, those that fill no vector, or none. A dot
 // takes whole vectors along the depth, and a quarter more where a weight's rows begin anywhere in a cache
-// line; a panel takes whole vectors of rows, and more if one of them is all. Far weights come at a pace
-// that wider panels keep. A batch-invariant step chooses whatever the batch.
+// line; a panel takes whole vectors of rows. Far weights come at a pace that wider panels keep. A
+// batch-invariant step chooses whatever the batch: dots, unless they are so short that to sum up their
+// lanes is half as much again.
 template <class T>
 static int64_t dot_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
