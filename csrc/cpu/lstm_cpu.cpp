@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "../ops.h"
 #include "../tensors.h"
@@ -50,10 +51,24 @@ void run(int64_t tasks, int64_t work, void (*task)(const void*, int64_t), const 
     for (int64_t i = 0; i < tasks; i++) task(context, i);
     return;
   }
-  // Tasks go to whoever is free; which thread ran one leaves no trace in its result.
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+  // A thread takes the same tasks call after call, whose weights its own cache may still hold, and then
+  // those of who is behind; which thread ran one leaves no trace in its result.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; t++) {
+    shares[t].next = tasks * t / threads;
+    shares[t].end = tasks * (t + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t t = 0; t < threads; t++) {
+      Share& share = shares[(thread + t) % threads];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;  // cheaper than to write
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        task(context, i);
+    }
   });
 }
 
