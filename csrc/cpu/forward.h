@@ -318,7 +318,7 @@ static int64_t dot_rows(const Forward<T>& p) {
 
 // Cuts the batch into pieces of a panel's width and the units into pieces of kUnits; then, so that threads
 // find enough to do, units as far down as kFewUnits, where transposing the rows begins to show, and then
-// the batch.
+// the batch. Where this is one vector, units are cut further.
 static void cut(int64_t B, int64_t H, int64_t threads, int64_t& down, int64_t& across, int64_t lanes) {
   constexpr int64_t kFewUnits = 32;
   const int64_t vectors = (B + lanes - 1) / lanes, blocks = (H + lanes - 1) / lanes;
@@ -328,7 +328,8 @@ static void cut(int64_t B, int64_t H, int64_t threads, int64_t& down, int64_t& a
     const int64_t tasks = down * across;
     return tasks < wanted || (tasks < 4 * threads && tasks % threads);
   };
-  while (too_few(threads) && across < blocks && H / (across + 1) >= kFewUnits) across++;
+  const int64_t fewest = vectors > 1 ? kFewUnits : kFewUnits / 2;
+  while (too_few(threads) && across < blocks && H / (across + 1) >= fewest) across++;
   // Pieces of the batch alone are little work, of which a thread that wakes late should find some left.
   while (too_few(across == 1 && threads > 1 ? 2 * threads : threads) && down < vectors) down++;
 }

@@ -364,6 +364,18 @@ LSTMFUSED_INLINE void transpose(Vec<A>* v) {
   }
 }
 
+// Lanes of a with bit S clear and of b with bit S set, in their places and in those of their partners.
+template <class A, int S, int... I>
+LSTMFUSED_INLINE Vec<A> blend(Vec<A> a, Vec<A> b, Lanes<I...>) {
+  using Int [[maybe_unused]] = IntVec<A>;
+  return LSTMFUSED_SHUFFLE(a, b, (I & S ? int(sizeof...(I)) + I : I)...);
+}
+template <class A, int S, int... I>
+LSTMFUSED_INLINE Vec<A> blend_partners(Vec<A> a, Vec<A> b, Lanes<I...>) {
+  using Int [[maybe_unused]] = IntVec<A>;
+  return LSTMFUSED_SHUFFLE(a, b, (I & S ? int(sizeof...(I)) + I - S : I + S)...);
+}
+
 // Lane i of the result is the sum of the lanes of v[i], i < N.
 template <class A, int S = 1>
 LSTMFUSED_INLINE Vec<A> sum_each(Vec<A>* v) {
@@ -372,7 +384,7 @@ LSTMFUSED_INLINE Vec<A> sum_each(Vec<A>* v) {
     const typename CountLanes<N>::type lanes{};
 #pragma GCC unroll 16
     for (int i = 0; i < N; i += 2 * S)
-      v[i] = merge_low<A, S>(v[i], v[i + S], lanes) + merge_high<A, S>(v[i], v[i + S], lanes);
+      v[i] = blend<A, S>(v[i], v[i + S], lanes) + blend_partners<A, S>(v[i], v[i + S], lanes);
     return sum_each<A, 2 * S>(v);
   } else {
     return v[0];
