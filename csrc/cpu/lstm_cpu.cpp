@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "../ops.h"
 #include "../tensors.h"
@@ -57,14 +56,16 @@ void run(int64_t tasks, int64_t work, void (*task)(const void*, int64_t), const 
     std::atomic<int64_t> next;
     int64_t end;
   };
-  std::vector<Share> shares(threads);
-  for (int64_t t = 0; t < threads; t++) {
-    shares[t].next = tasks * t / threads;
-    shares[t].end = tasks * (t + 1) / threads;
+  constexpr int64_t kMostShares = 64;
+  const int64_t n = std::min(threads, kMostShares);
+  Share shares[kMostShares];  // on the stack, whose lines this core has at hand
+  for (int64_t s = 0; s < n; s++) {
+    shares[s].next.store(tasks * s / n, std::memory_order_relaxed);
+    shares[s].end = tasks * (s + 1) / n;
   }
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    for (int64_t t = 0; t < threads; t++) {
-      Share& share = shares[(thread + t) % threads];
+    for (int64_t s = 0; s < n; s++) {
+      Share& share = shares[(thread + s) % n];
       if (share.next.load(std::memory_order_relaxed) >= share.end) continue;  // cheaper than to write
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
         task(context, i);
