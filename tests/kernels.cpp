@@ -278,8 +278,8 @@ int main() {
       test_frozen(kernels.frozen_bf16, B, I, H, threads);
       test_frozen(kernels.frozen_i8, B, I, H, threads);
     }
-  test(kernels.f64, 600, 9, 130, 1);   // more than one stretch of the batch
-  test(kernels.f32, 3, 2050, 260, 2);  // far weights
+  test(kernels.f64, 600, 9, 130, 1);                            // more than one stretch of the batch
+  for (int64_t B : {3, 7}) test(kernels.f32, B, 4100, 260, 2);  // far weights
   for (int64_t B : {1, 2, 3, 7}) test_frozen(kernels.frozen_f32, B, 1600, 520, 2);  // far weights
   for (int64_t H = 1; H < 20; H++)  // every width of the last block
     test_frozen(kernels.frozen_f32, 5, 3, H, 1);

@@ -80,6 +80,7 @@ def test_negative_bit() -> None:
         (2600, 33, (1, 4, 9, 65)),
         (33, 1030, (1, 5, 70)),
         (1024, 1024, (2, 9, 10, 18)),  # weights that fit no cache
+        (4100, 530, (4, 7, 17)),  # and rows of input that fit no first-level cache
     ],
 )
 def test_large(I: int, H: int, batches: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -177,51 +177,133 @@ static bool far_weights(const Forward<T>& p) {
   return 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kFarWeights;
 }
 
-// sums (R, Units, 4) of the units from u on; rows of it are N units apart. With few rows K is unrolled, to
-// have enough sums in flight; units follow one another, for so their weights are four long streams. The
-// processor foresees these up to the end of a page; of `Far` weights the next one is fetched, too.
-template <int Units, int R, bool Far, class T, class A = Accumulate<T>>
-static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
-  constexpr int N = kLanes<A>, Unroll = Units, Dots = 4 * Units * R, kPage = 4096 / sizeof(T);
-  Vec<A> dots[(Dots + N - 1) / N * N];  // (Units, R, 4)
-  for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
-  for (int i = 0; i < Units; i++) {
-    Vec<A> s[Unroll][R * 4];
-    each_sum<Unroll, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[j][d] = Vec<A>{}; });
-    const auto add = [&](Rows<T> left, const T* weight) LSTMFUSED_INLINED {
-      const int64_t K = left.depth;
-      const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
-        Vec<Factor<T>> x[R];
-        each_sum<1, R>([&](int, int r)
-                           LSTMFUSED_INLINED { x[r] = load_part(left.at + r * left.stride + k); });
-        if constexpr (Far)
-          for (int gate = 0; gate < 4; gate++)
-            __builtin_prefetch(weight + (gate * p.H + u + i) * K + k + kPage, 0, 2);
+// s (Unroll, R, 4) += R rows of x times four rows of weights; each vector of their depth is asked for by
+// fetch(k) first.
+template <int Unroll, int R, class T, class A, class Fetch>
+LSTMFUSED_INLINE void add_dots(Vec<A> (&s)[Unroll][R * 4], Rows<T> x, const T* weight, int64_t gate_stride,
+                               Fetch&& fetch) {
+  const auto step = [&](Vec<A>* into, int64_t k, auto load_part) LSTMFUSED_INLINED {
+    Vec<Factor<T>> row[R];
+    each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { row[r] = load_part(x.at + r * x.stride + k); });
+    fetch(k);
 #pragma GCC unroll 4
-        for (int gate = 0; gate < 4; gate++) {
-          const Vec<Factor<T>> w = load_part(weight + (gate * p.H + u + i) * K + k);
-          each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { multiply_add(into[r * 4 + gate], x[r], w); });
-        }
-      };
-      constexpr int64_t M = N * kSpan<T>;
-      int64_t k = 0;
-      for (; k + Unroll * M <= K; k += Unroll * M)
+    for (int gate = 0; gate < 4; gate++) {
+      const Vec<Factor<T>> w = load_part(weight + gate * gate_stride + k);
+      each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { multiply_add(into[r * 4 + gate], row[r], w); });
+    }
+  };
+  constexpr int64_t M = kLanes<A> * kSpan<T>;
+  const int64_t K = x.depth;
+  int64_t k = 0;
+  for (; k + Unroll * M <= K; k += Unroll * M)
 #pragma GCC unroll 8
-        for (int j = 0; j < Unroll; j++) step(s[j], k + j * M, [](auto* p) { return load_factors(p); });
-      for (; k + M <= K; k += M) step(s[0], k, [](auto* p) { return load_factors(p); });
-      if (k < K) step(s[0], k, [n = K - k](auto* p) { return load_factors(p, n); });
-    };
-    add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih);
-    add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
-    each_sum<Unroll - 1, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[0][d] += s[j + 1][d]; });
-    each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[i * R * 4 + d] = s[0][d]; });
-  }
+    for (int j = 0; j < Unroll; j++) step(s[j], k + j * M, [](auto* p) { return load_factors(p); });
+  for (; k + M <= K; k += M) step(s[0], k, [](auto* p) { return load_factors(p); });
+  if (k < K) step(s[0], k, [n = K - k](auto* p) { return load_factors(p, n); });
+}
+
+// dots (Units, R, 4) and zeros up to whole vectors, each summed over its lanes: sums (R, Units, 4), where
+// rows are N units apart.
+template <int Units, int R, class A>
+LSTMFUSED_INLINE void sum_dots(Vec<A>* dots, A* sums) {
+  constexpr int N = kLanes<A>, Dots = 4 * Units * R;
   alignas(64) A sum[Dots + N];
   for (int i = 0; i < Dots; i += N) store(sum + i, sum_each<A>(dots + i));
   for (int i = 0; i < Units; i++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
       for (int gate = 0; gate < 4; gate++) sums[(r * N + i) * 4 + gate] = sum[(i * R + r) * 4 + gate];
+}
+
+template <int Dots, class A>
+constexpr int kWholeDots = (Dots + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+
+// sums (R, Units, 4) of the units from u on. With few rows K is unrolled, to have enough sums in flight;
+// units follow one another, for so their weights are four long streams. The processor foresees these up to
+// the end of a page; of `Far` weights the next one is fetched, too.
+template <int Units, int R, bool Far, class T, class A = Accumulate<T>>
+static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row, int64_t u, A* sums) {
+  constexpr int Unroll = Units, Dots = 4 * Units * R, kPage = 4096 / sizeof(T);
+  Vec<A> dots[kWholeDots<Dots, A>];  // (Units, R, 4)
+  for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
+  for (int i = 0; i < Units; i++) {
+    Vec<A> s[Unroll][R * 4];
+    each_sum<Unroll, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[j][d] = Vec<A>{}; });
+    const auto add = [&](Rows<T> x, const T* weights) LSTMFUSED_INLINED {
+      const T* weight = weights + (u + i) * x.depth;
+      add_dots<Unroll, R, T, A>(s, x, weight, p.H * x.depth, [&](int64_t k) LSTMFUSED_INLINED {
+        for (int gate = 0; gate < 4 && Far; gate++)
+          __builtin_prefetch(weight + gate * p.H * x.depth + k + kPage, 0, 2);
+      });
+    };
+    add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih);
+    add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
+    each_sum<Unroll - 1, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[0][d] += s[j + 1][d]; });
+    each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[i * R * 4 + d] = s[0][d]; });
+  }
+  sum_dots<Units, R>(dots, sums);
+}
+
+// Far weights meet R rows at a time of an input too long for the first-level cache in pieces along K, of
+// which a row's is 2 KiB. A few units pass over a piece before the next one, their sums kept meanwhile.
+template <class T>
+struct DotPiece {
+  Rows<T> x;
+  const T* weight;  // of the first gate of one unit
+  const T* next;    // where to go on: with the next unit ...
+  const T* later;   // ... and, from memory, in the next piece
+  int64_t gate_stride, later_stride;
+};
+
+template <int R, bool Later, class T, class A = Accumulate<T>>
+static __attribute__((noinline)) void dot_piece(const DotPiece<T>& p, Vec<A>* dots) {
+  constexpr int64_t kNear = 1024 / sizeof(T);
+  Vec<A> s[1][R * 4];
+  each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { s[0][d] = dots[d]; });
+  add_dots<1, R, T, A>(s, p.x, p.weight, p.gate_stride, [&](int64_t k) LSTMFUSED_INLINED {
+    const int64_t near = k + kNear;
+    const T* next = near < p.x.depth ? p.weight + near : p.next + (near - p.x.depth);
+    for (int gate = 0; gate < 4; gate++) __builtin_prefetch(next + gate * p.gate_stride, 0, 3);
+    for (int gate = 0; gate < 4 && Later; gate++)
+      __builtin_prefetch(p.later + gate * p.later_stride + k, 0, 2);
+  });
+  each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[d] = s[0][d]; });
+}
+
+constexpr int kFarUnits = 8, kFarRows = 4;  // rows in multiples of R
+constexpr int64_t kFirstCache = 32 << 10;   // bytes
+
+// As dot_tile, for `units` units and `rows` times R rows.
+template <class T, class A = Accumulate<T>>
+static void dot_far(const Forward<T>& p, int64_t row, int64_t rows, int64_t u, int64_t units, A* sums) {
+  constexpr int N = kLanes<A>, R = kDots / 4, Dots = 4 * R;
+  constexpr int64_t kPiece = 2048 / sizeof(T);
+  Vec<A> dots[kFarRows][kFarUnits][kWholeDots<Dots, A>];
+  for (int64_t r = 0; r < rows; r++)
+    for (auto& unit : dots[r])
+      for (auto& dot : unit) dot = Vec<A>{};
+  const auto add = [&](Rows<T> x, const T* weights, const T* after, int64_t after_depth) {
+    const int64_t K = x.depth;
+    for (int64_t k = 0; k < K; k += kPiece) {
+      const int64_t depth = K - k < kPiece ? K - k : kPiece;
+      const bool last = k + depth == K;
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < units; i++) {
+          const T* weight = weights + (u + i) * K + k;
+          const DotPiece<T> piece{x.from(r * R, k, depth),
+                                  weight,
+                                  i + 1 < units ? weight + K : weights + u * K + k,
+                                  last ? after + i * after_depth : weight + depth,
+                                  p.H * K,
+                                  p.H * (last ? after_depth : K)};
+          (r ? dot_piece<R, false, T> : dot_piece<R, true, T>)(piece, dots[r][i]);
+        }
+    }
+  };
+  add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih, p.weight_hh + u * p.H, p.H);
+  add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh, p.weight_ih + (u + units) * p.I, p.I);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < units; i++) sum_dots<1, R>(dots[r][i], sums + (r * R * N + i) * 4);
 }
 
 template <bool Far, class T>
@@ -232,12 +314,15 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
   alignas(64) A sums[kDotRows * 4 * N];                                       // (rows, N, 4)
   for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});  // lanes beyond n
 
+  const bool pieces = Far && R * (p.I + p.H) * int64_t(sizeof(T)) >= kFirstCache;
+  const int64_t group = pieces ? kFarUnits : R;
   // Of a few units all rows, so that their weights are still near.
-  for (int64_t u = 0; u < n; u += R) {
-    const int64_t units = n - u < R ? n - u : R;
+  for (int64_t u = 0; u < n; u += group) {
+    const int64_t units = n - u < group ? n - u : group;
+    const auto place = [&](int64_t row, int64_t from) { return sums + (row * N + u + from) * 4; };
     const auto tiles = [&](auto tile, int64_t width, int64_t row, int64_t from) {
       for (; from + width <= units; from += width)
-        tile(p, rows.begin + row, u0 + u + from, sums + (row * N + u + from) * 4);
+        tile(p, rows.begin + row, u0 + u + from, place(row, from));
       return from;
     };
     // Unrolling is another order of additions, which a row would owe to those beside it.
@@ -245,6 +330,12 @@ static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
       return p.batch_invariant ? 0 : tiles(tile, width, row, 0);
     };
     int64_t row = 0;
+    if constexpr (Far)
+      for (int64_t some; pieces && row + R <= rows.size; row += some * R) {
+        const int64_t left = (rows.size - row) / R;
+        some = left < kFarRows ? left : kFarRows;
+        dot_far(p, rows.begin + row, some, u0 + u, units, place(row, 0));
+      }
     for (; row + R <= rows.size; row += R) tiles(dot_tile<1, R, Far, T>, 1, row, 0);
     switch (rows.size - row) {
       case 3: tiles(dot_tile<1, 3, Far, T>, 1, row, 0); break;
