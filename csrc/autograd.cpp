@@ -1,5 +1,5 @@
-// The differentiable step: arguments checked and made batched, gradients by the fused backward kernels,
-// autocast.
+// What makes the step differentiable: gradients by the fused backward kernels, other derivatives by torch's
+// own operators; and autocast.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -70,8 +70,7 @@ struct Step : torch::autograd::Function<Step> {
                                const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [h, c, gates] =
-        lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, /*save_gates=*/true);
+    auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
     context->set_materialize_grads(false);
     context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
                                 bias_hh.value_or(Tensor()), gates});
@@ -109,34 +108,31 @@ template <class Body>
 State checked(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
               const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
               const OptionalTensor& bias_hh, const Body& body) {
-  return with_batch(
-      input, hx, cx, [&] { return weight_hh.sym_size(-1); },
-      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-        check_step(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-        return body(x, h, c);
-      });
+  return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    check_step(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+    return body(x, h, c);
+  });
 }
 
-State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
-           const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  return checked(
-      input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-        const auto any = [&](auto&& property) {
-          return property(x) || property(h) || property(c) || property(weight_ih) || property(weight_hh) ||
-                 (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
-        };
-        if (in_transform() || any(has_tangent))
-          return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-        if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
-          const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-          return {state[0], state[1]};
-        }
-        at::AutoDispatchBelowADInplaceOrView guard;
-        auto [next_h, next_c, gates] =
-            lstm_cell_forward(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, /*save_gates=*/false);
-        return {next_h, next_c};
-      });
+State differentiable(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                     const OptionalTensor& bias_hh) {
+  const auto any = [&](auto&& property) {
+    return property(input) || (hx && property(*hx)) || (cx && property(*cx)) || property(weight_ih) ||
+           property(weight_hh) || (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
+  };
+  const bool composed = in_transform() || any(has_tangent);
+  if (!composed &&
+      !(at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); }))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  }
+  return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                 [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+                   if (composed) return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                   const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                   return {state[0], state[1]};
+                 });
 }
 
 template <at::DeviceType device>
@@ -174,7 +170,6 @@ void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const Option
 
 }  // namespace lstmfused
 
-TORCH_LIBRARY_IMPL(lstmfused, CompositeExplicitAutograd, m) { m.impl("lstm_cell", lstmfused::step); }
-TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) { m.impl("lstm_cell", lstmfused::step); }
+TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) { m.impl("lstm_cell", lstmfused::differentiable); }
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCPU, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCUDA, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCUDA>); }

@@ -31,4 +31,10 @@ State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTe
   return {std::get<0>(next).squeeze(0), std::get<1>(next).squeeze(0)};
 }
 
+template <class Body>
+State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                 const Tensor& weight_hh, const Body& body) {
+  return with_batch(input, hx, cx, [&] { return weight_hh.sym_size(-1); }, body);
+}
+
 }  // namespace lstmfused

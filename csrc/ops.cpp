@@ -1,9 +1,11 @@
 // Every operator: the table of contents.
 //
-//   lstm_cell            the step, differentiable, batched or not     autograd.cpp
-//   lstm_cell_forward    the step on batched tensors                  cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_backward   its gradients                                cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell            the step, batched or not                      cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell_forward    the step on batched tensors, and its gates    cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell_backward   its gradients                                 cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
+//
+// How lstm_cell is differentiated by the two after it is in autograd.cpp.
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -18,10 +20,10 @@ TORCH_LIBRARY(lstmfused, m) {
       "lstm_cell(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih=None, Tensor? bias_hh=None) -> (Tensor h, Tensor c)",
       {at::Tag::pt2_compliant_tag});
-  // gates holds the activated gates, or no element where save_gates is false
+  // gates are the activated ones
   m.def(
       "lstm_cell_forward(Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor? bias_ih, Tensor? bias_hh, bool save_gates) -> (Tensor h, Tensor c, Tensor gates)",
+      "Tensor? bias_ih, Tensor? bias_hh) -> (Tensor h, Tensor c, Tensor gates)",
       {at::Tag::pt2_compliant_tag});
   // a gradient that output_mask does not ask for has no element
   m.def(
@@ -57,10 +59,9 @@ State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTen
 
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
-                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                                bool save_gates) {
+                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   LSTMFUSED_HANDLE(lstm_cell_forward);
-  return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates);
+  return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,

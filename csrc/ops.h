@@ -22,8 +22,7 @@ State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTen
                 const OptionalTensor& bias_hh);
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
-                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                                bool save_gates);
+                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
                              const Tensor& weight_ih, const Tensor& weight_hh,

@@ -1,4 +1,5 @@
 // Every binding: what Python sees of the extension.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -17,10 +18,14 @@ namespace {
 // The eager way in: the operators, called by position, at half the cost of torch.ops. To go through
 // pybind11, too, would take longer than a small step computes.
 
-using Names = const char* const*;
-constexpr const char* kStep[] = {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"};
-constexpr const char* kFrozen[] = {"input", "hx[0]", "hx[1]",      "weight",
-                                   "bias",  "scale", "input_size", "hidden_size"};
+struct Names {
+  const char *op, *arguments[8];
+};
+constexpr Names kStep{"lstm_cell",
+                      {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"}};
+constexpr Names kFrozen{
+    "lstm_cell_frozen",
+    {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "input_size", "hidden_size"}};
 
 template <class T>
 void check(PyObject* object, const char* name) {
@@ -29,6 +34,12 @@ void check(PyObject* object, const char* name) {
     TORCH_CHECK_TYPE(none || THPVariable_Check(object), "lstm_cell(): argument '", name,
                      "' must be Tensor, not ", Py_TYPE(object)->tp_name);
   }
+}
+
+// Whether no one asks to see the call in Python: no subclass of Tensor, no mode.
+template <class T>
+bool plain(PyObject* object) {
+  return std::is_same_v<T, int64_t> || object == Py_None || THPVariable_CheckExact(object);
 }
 
 // What Python holds, uncounted: the first owner beside Python costs a call back into it, and so does the
@@ -74,11 +85,16 @@ State call(State (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&
 }
 
 template <class... Arguments, size_t... I>
-PyObject* checked_call(State (*step)(Arguments...), Names names, PyObject* const* objects, Py_ssize_t count,
-                       std::index_sequence<I...>) {
+PyObject* checked_call(State (*step)(Arguments...), const Names& names, PyObject* const* objects,
+                       Py_ssize_t count, std::index_sequence<I...>) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == sizeof...(I), "lstm_cell() takes ", sizeof...(I), " arguments, got ", count);
-  (check<std::decay_t<Arguments>>(objects[I], names[I]), ...);
+  (check<std::decay_t<Arguments>>(objects[I], names.arguments[I]), ...);
+  if (at::impl::torch_function_mode_enabled() || !(plain<std::decay_t<Arguments>>(objects[I]) && ...)) {
+    const pybind11::object op =
+        pybind11::module_::import("torch").attr("ops").attr("lstmfused").attr(names.op);
+    return PyObject_Vectorcall(op.ptr(), objects, count, nullptr);
+  }
   State next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
   THPObjectPtr pair(PyTuple_New(2));
   if (!pair) throw python_error();
@@ -88,19 +104,23 @@ PyObject* checked_call(State (*step)(Arguments...), Names names, PyObject* const
   END_HANDLE_TH_ERRORS
 }
 
-template <auto step, const auto& names>
-PyMethodDef method(const char* name) {
+template <class... Arguments>
+constexpr std::index_sequence_for<Arguments...> indices(State (*)(Arguments...)) {
+  return {};
+}
+
+template <auto step, const Names& names>
+PyMethodDef method() {
   constexpr _PyCFunctionFast function = [](PyObject*, PyObject* const* objects, Py_ssize_t count) {
-    return checked_call(step, names, objects, count, std::make_index_sequence<std::size(names)>{});
+    return checked_call(step, names, objects, count, indices(step));
   };
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+  return {names.op, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
           nullptr};
 }
 
 PyMethodDef methods[] = {
-    method<lstm_cell, kStep>("lstm_cell"),
-    method<lstm_cell_composed, kStep>("lstm_cell_composed"),
-    method<lstm_cell_frozen, kFrozen>("lstm_cell_frozen"),
+    method<lstm_cell, kStep>(),
+    method<lstm_cell_frozen, kFrozen>(),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -109,6 +129,8 @@ PyMethodDef methods[] = {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (PyModule_AddFunctions(m.ptr(), lstmfused::methods)) throw pybind11::error_already_set();
+  m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
   m.def("batch_invariant", &lstmfused::batch_invariant);

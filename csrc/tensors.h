@@ -30,7 +30,7 @@ const T* in(const Tensor& tensor) {
 }
 template <class T>
 T* out(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+  return tensor.defined() && tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
 struct ForwardTensors {

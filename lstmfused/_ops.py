@@ -31,22 +31,25 @@ except ImportError as error:
     raise ImportError(f"lstmfused does not load ({error}): run `{_BUILD}` in its sources") from None
 
 
-def _fake_forward(
+def _fake_step(
     input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    save_gates: bool,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
+    shape = (*input.shape[:-1], weight_hh.shape[1])
+    return input.new_empty(shape), input.new_empty(shape)
+
+
+def _fake_forward(
+    input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H = hx.shape
-    return (
-        input.new_empty(B, H),
-        input.new_empty(B, H),
-        input.new_empty(B if save_gates else 0, 4 * H),
-    )
+    return input.new_empty(B, H), input.new_empty(B, H), input.new_empty(B, 4 * H)
 
 
 def _fake_backward(
@@ -127,6 +130,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
     return state if batched else tuple(t.squeeze(-2) for t in state), (0, 0)
 
 
+torch.library.register_fake("lstmfused::lstm_cell", _fake_step)
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
 torch.library.register_fake("lstmfused::lstm_cell_frozen", _fake_frozen)

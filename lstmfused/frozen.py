@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import _has_torch_function_variadic
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -93,12 +92,10 @@ class FrozenLSTMCell(nn.Module):
             raise bad_state(hx)
         else:
             h, c = hx
-        step = _C.lstm_cell_frozen
-        if is_compiling() or _has_torch_function_variadic(input, h, c):
-            step = torch.ops.lstmfused.lstm_cell_frozen  # what a graph or a tensor subclass can see
+        op = torch.ops.lstmfused.lstm_cell_frozen if is_dynamo_compiling() else _C.lstm_cell_frozen
         b: dict[str, Any] = self._buffers
         sizes = self.input_size, self.hidden_size
-        return step(input, h, c, b["weight"], b["bias"], b["scale"], *sizes)
+        return op(input, h, c, b["weight"], b["bias"], b["scale"], *sizes)
 
     def initial_state(self, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """A state ``(h, c)`` of zeros, as :meth:`LSTMCell.initial_state` has it."""

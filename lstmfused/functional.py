@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _has_torch_function_variadic
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ._ops import _C
 
@@ -72,9 +71,6 @@ def lstm_cell(
     else:
         h, c = hx
 
-    step = _C.lstm_cell
-    if is_compiling() or _has_torch_function_variadic(
-        input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
-    ):
-        step = torch.ops.lstmfused.lstm_cell  # what a graph or a tensor subclass can see
+    # One operator, by the short way or by the one that a graph can see.
+    step = torch.ops.lstmfused.lstm_cell if is_dynamo_compiling() else _C.lstm_cell
     return step(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)

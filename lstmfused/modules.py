@@ -47,10 +47,10 @@ class LSTMCell(nn.LSTMCell):
             self._parameters
         )  # four times cheaper than the attributes, which come from here
         try:
-            weights = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+            w_ih, w_hh, b_ih, b_hh = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
         except KeyError:  # a parametrization has put something else in a parameter's place
-            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        return lstm_cell(input, hx, *weights)
+            w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        return lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)  # by position: *weights would cost more
 
     def initial_state(self, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """A state ``(h, c)`` of zeros, each (batch_size, H), or (H) when no batch size is given, in

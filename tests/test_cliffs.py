@@ -72,11 +72,11 @@ def check_pace(
 
 
 def forward(arguments: Arguments) -> Call:
-    return lambda: torch.ops.lstmfused.lstm_cell_forward(*arguments, False)
+    return lambda: torch.ops.lstmfused.lstm_cell(*arguments)
 
 
 def backward(arguments: Arguments, *grads: Tensor) -> Call:
-    h, c, gates = torch.ops.lstmfused.lstm_cell_forward(*arguments, True)
+    h, c, gates = torch.ops.lstmfused.lstm_cell_forward(*arguments)
     given = (*(grads or (random_like(h, 1), random_like(c, 2))), gates, *arguments[:5])
     return lambda: torch.ops.lstmfused.lstm_cell_backward(*given, [True] * 7)
 
@@ -195,7 +195,7 @@ def check_rows(arguments: Arguments, rows: Tensor, without: tuple[str, ...] = ()
     are sums over them."""
     near, case = at(arguments, rows), len(arguments.input)
     wanted = [name not in without for name in Arguments._fields]
-    h, c, gates = torch.ops.lstmfused.lstm_cell_forward(*arguments, True)
+    h, c, gates = torch.ops.lstmfused.lstm_cell_forward(*arguments)
     for name, actual, want in zip("hc", (h, c), oracle(near.double()), strict=True):
         check_output(name, actual[rows], want, case)
     del c

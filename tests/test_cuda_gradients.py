@@ -172,20 +172,18 @@ def test_edited_output_leaves_backward_alone(device: str, edited: int) -> None:
 
 @poisoned
 @every_dtype
-@pytest.mark.parametrize("save_gates", [True, False])
-def test_raw_forward(device: str, save_gates: bool, dtype: torch.dtype) -> None:
+def test_raw_forward(device: str, dtype: torch.dtype) -> None:
     I, H = 10, 20
     for rows, bias in product((0, 1, 5, 33, 65), product((True, False), repeat=2)):
         arguments = on(device, rows, I, H, dtype, bias=bias)
-        h, c, gates = ops.lstm_cell_forward(*arguments, save_gates)
+        h, c, gates = ops.lstm_cell_forward(*arguments)
         check_forward(arguments, (rows, bias), already((h, c)))
-        assert gates.shape == (rows if save_gates else 0, 4 * H)
+        assert gates.shape == (rows, 4 * H)
         assert gates.dtype == dtype
-        if save_gates:
-            want = activated_gates(arguments.double())
-            assert_close(
-                gates, want, output_bound("c", dtype, want, tolerance(dtype, I + H)), (rows, bias)
-            )
+        want = activated_gates(arguments.double())
+        assert_close(
+            gates, want, output_bound("c", dtype, want, tolerance(dtype, I + H)), (rows, bias)
+        )
 
 
 @poisoned
@@ -231,8 +229,7 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
             torch.library.opcheck(ops.lstm_cell.default, tuple(given))
     for B in (0, 3, 40):
         arguments = on(device, B, I, H, dtype)
-        for save_gates in (True, False):
-            torch.library.opcheck(ops.lstm_cell_forward.default, (*arguments, save_gates))
+        torch.library.opcheck(ops.lstm_cell_forward.default, tuple(arguments))
         gates = activated_gates(arguments)
         for mask in (ALL, [False] * 7, [True, False, True, False, True, False, True]):
             for use in ("hc", "c"):

@@ -33,7 +33,7 @@ def test_architectures_are_named() -> None:
     assert re.fullmatch(f"({one}(;{one})*)?", _C.cuda_architectures)
 
 
-@pytest.mark.parametrize("op", ["lstm_cell_forward", "lstm_cell_backward"])
+@pytest.mark.parametrize("op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward"])
 def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
     assert found == bool(_C.cuda_architectures)
@@ -66,11 +66,10 @@ def test_fake_cuda_tensors(dtype: torch.dtype) -> None:
     for B in (0, 1, 3, 300):
         arguments = random_arguments(B, 5, 7, dtype)
         back = [*incoming(arguments), activated_gates(arguments), *arguments[:5]]
-        for save in (True, False):
-            expected = on_cuda(ops.lstm_cell_forward(*arguments, save))
-            with FakeTensorMode():
-                given = arguments.map(fake)  # type: ignore[arg-type]
-                assert describe(ops.lstm_cell_forward(*given, save)) == expected, (B, save)
+        expected = on_cuda(ops.lstm_cell_forward(*arguments))
+        with FakeTensorMode():
+            given = arguments.map(fake)  # type: ignore[arg-type]
+            assert describe(ops.lstm_cell_forward(*given)) == expected, B
         for mask in (ALL, [True, False, False, True, False, True, False], [False] * 7):
             expected = on_cuda(ops.lstm_cell_backward(*back, mask))
             with FakeTensorMode():
@@ -85,5 +84,5 @@ def test_a_build_without_cuda_says_so() -> None:
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device here")
-    with pytest.raises(NotImplementedError, match="lstm_cell_forward"):
+    with pytest.raises(NotImplementedError, match="lstm_cell"):
         cell(random_arguments(3, 5, 7).map(Tensor.cuda))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    Arguments,
     assert_close,
     cell,
     check_autocast_gradients,
@@ -18,6 +19,7 @@ from cases import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal import composite_compliance
 
 import lstmfused
@@ -52,14 +54,12 @@ def test_opcheck(dtype: torch.dtype, train: bool, form: dict[str, Any]) -> None:
 def test_opcheck_inner(dtype: torch.dtype) -> None:
     for B in (0, 1, 3):
         for form in FORMS:
-            for save_gates in (True, False):
-                arguments = (*random_arguments(B, I, H, dtype, **form), save_gates)
-                torch.library.opcheck(ops.lstm_cell_forward.default, arguments)
+            arguments = random_arguments(B, I, H, dtype, **form)
+            torch.library.opcheck(ops.lstm_cell_forward.default, tuple(arguments))
         given = backward_arguments(B, dtype)
         for mask in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
             for grads in (given[:2], [None, given[1]], [given[0], None]):
-                arguments = (*grads, *given[2:], mask)
-                torch.library.opcheck(ops.lstm_cell_backward.default, arguments)
+                torch.library.opcheck(ops.lstm_cell_backward.default, (*grads, *given[2:], mask))
 
 
 def test_composite_compliance() -> None:
@@ -80,13 +80,57 @@ def test_composite_compliance() -> None:
 
 def test_composite_compliance_of_inner_operators() -> None:
     equal = torch.testing.assert_close
-    forward = (*random_arguments(3, I, H, torch.float64), True)
+    forward = tuple(random_arguments(3, I, H, torch.float64))
     backward = (*backward_arguments(3, torch.float64), [True] * 7)
     for op, arguments in (
         (ops.lstm_cell_forward.default, forward),
         (ops.lstm_cell_backward.default, backward),
     ):
         composite_compliance.check_all_permutations(op, arguments, {}, equal)
+
+
+class Seen(TorchFunctionMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Marked(Tensor):
+    """A subclass that its results belong to, as is torch's default."""
+
+
+@pytest.mark.parametrize("name", Arguments._fields)
+def test_modes_and_subclasses_see_the_operator(name: str) -> None:
+    arguments = random_arguments(3, I, H)
+    expected = cell(arguments)
+    with Seen() as seen:
+        assert all(map(torch.equal, cell(arguments), expected))
+    assert ops.lstm_cell in seen.calls
+    marked = arguments._replace(**{name: getattr(arguments, name).as_subclass(Marked)})
+    for actual, want in zip(cell(marked), expected, strict=True):
+        assert type(actual) is Marked
+        assert torch.equal(actual, want)
+
+
+def test_modes_and_subclasses_see_the_frozen_operator() -> None:
+    arguments = random_arguments(3, I, H)
+    x, state = arguments.input, (arguments.h, arguments.c)
+    frozen = lstmfused.FrozenLSTMCell(lstmfused.LSTMCell(I, H))
+    expected = frozen(x, state)
+    with Seen() as seen:
+        assert all(map(torch.equal, frozen(x, state), expected))
+    assert ops.lstm_cell_frozen in seen.calls
+    for actual, want in zip(frozen(x.as_subclass(Marked), state), expected, strict=True):
+        assert type(actual) is Marked
+        assert torch.equal(actual, want)
 
 
 def describe(tensors: Any) -> list[tuple[Any, ...]]:
@@ -109,10 +153,9 @@ def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
         for mask in ([True] * 7, [True, False, False, True, False, True, False], [False] * 7):
             real = ops.lstm_cell_backward(*given, mask)
             assert describe(ops.lstm_cell_backward(*meta, mask)) == describe(real)
-        for save in (True, False):
-            real = ops.lstm_cell_forward(*random_arguments(B, I, H, dtype), save)
-            fake = random_arguments(B, I, H, dtype).map(lambda t: t.to("meta"))
-            assert describe(ops.lstm_cell_forward(*fake, save)) == describe(real)
+        real = ops.lstm_cell_forward(*random_arguments(B, I, H, dtype))
+        fake = random_arguments(B, I, H, dtype).map(lambda t: t.to("meta"))
+        assert describe(ops.lstm_cell_forward(*fake)) == describe(real)
 
 
 @pytest.mark.parametrize("name", ["h", "c", "weight_ih", "weight_hh", "bias_ih"])

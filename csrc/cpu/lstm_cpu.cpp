@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../batch.h"
 #include "../ops.h"
 #include "../tensors.h"
 #include "variant.h"
@@ -122,19 +123,31 @@ Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return tensor;
 }
 
-StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                      const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                      bool save_gates) {
-  const at::ScalarType dtype = input.scalar_type();
-  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  const int64_t B = given.B, H = given.H;
-  const Tensor h = empty({B, H}, dtype), c = empty({B, H}, dtype);
-  const Tensor gates = empty({save_gates ? B : 0, 4 * H}, dtype);
+// gates are undefined where they are not wanted.
+State compute(const ForwardTensors& given, const Tensor& gates) {
+  const at::ScalarType dtype = given.input->scalar_type();
+  const Tensor h = empty({given.B, given.H}, dtype), c = empty({given.B, given.H}, dtype);
   if (h.numel())
     with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       kernels.forward(given.with<T>(h, c, gates), pool());
     });
+  return {h, c};
+}
+
+State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
+           const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    return compute(forward_tensors(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), /*gates=*/{});
+  });
+}
+
+StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  const Tensor gates = empty({given.B, 4 * given.H}, input.scalar_type());
+  const auto [h, c] = compute(given, gates);
   return {h, c, gates};
 }
 
@@ -162,6 +175,7 @@ Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, c
 }  // namespace lstmfused
 
 TORCH_LIBRARY_IMPL(lstmfused, CPU, m) {
+  m.impl("lstm_cell", lstmfused::step);
   m.impl("lstm_cell_forward", lstmfused::forward);
   m.impl("lstm_cell_backward", lstmfused::backward);
 }

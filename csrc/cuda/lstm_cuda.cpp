@@ -11,6 +11,7 @@
 
 #include <atomic>
 
+#include "../batch.h"
 #include "../tensors.h"
 #include "kernels.h"
 #include "paths.h"
@@ -82,7 +83,7 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
       return;
     case Path::kProducts:
       if constexpr (has_finish<T>) {
-        Tensor sums = gates.numel() ? gates : at::empty({p.B, 4 * p.H}, given.input->options());
+        Tensor sums = gates.defined() ? gates : at::empty({p.B, 4 * p.H}, given.input->options());
         at::mm_out(sums, *given.input, given.weight_ih->t());
         sums.addmm_(*given.hx, given.weight_hh->t());
         check_status(finish(p, in<T>(sums), device));
@@ -90,21 +91,36 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
   }
 }
 
-StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                      const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                      bool save_gates) {
-  const Below below;
+// gates are undefined where they are not wanted.
+State compute(const ForwardTensors& given, const Tensor& gates) {
   TORCH_CHECK_NOT_IMPLEMENTED(!batch_invariant(), "lstm_cell: no batch-invariant kernels for CUDA yet");
+  const at::TensorOptions options = given.input->options();
+  const Tensor h = at::empty({given.B, given.H}, options), c = at::empty({given.B, given.H}, options);
+  if (h.numel())
+    with_type(given.input->scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      run_forward(given.with<T>(h, c, gates), given, gates, current_device(given.input->device()));
+    });
+  return {h, c};
+}
+
+State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
+           const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const Below below;
+  const c10::DeviceGuard on_device(input.device());
+  return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    return compute(forward_tensors(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), /*gates=*/{});
+  });
+}
+
+StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  const Below below;
   const c10::DeviceGuard on_device(input.device());
   const ForwardTensors given = forward_tensors(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  const int64_t B = given.B, H = given.H;
-  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
-  const Tensor h = empty({B, H}), c = empty({B, H}), gates = empty({save_gates ? B : 0, 4 * H});
-  if (h.numel())
-    with_type(input.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      run_forward(given.with<T>(h, c, gates), given, gates, current_device(input.device()));
-    });
+  const Tensor gates = at::empty({given.B, 4 * given.H}, input.options());
+  const auto [h, c] = compute(given, gates);
   return {h, c, gates};
 }
 
@@ -168,6 +184,7 @@ std::string path(at::ScalarType dtype, int64_t B, int64_t I, int64_t H, bool tf3
 }  // namespace lstmfused
 
 TORCH_LIBRARY_IMPL(lstmfused, CUDA, m) {
+  m.impl("lstm_cell", lstmfused::cuda::step);
   m.impl("lstm_cell_forward", lstmfused::cuda::forward);
   m.impl("lstm_cell_backward", lstmfused::cuda::backward);
 }
