@@ -437,8 +437,8 @@ static void forward(const Forward<T>& p, const Pool& pool) {
     int64_t rows, across, down;  // rows, pieces of the units, pieces of the rows
     int64_t tasks() const { return across * down; }
   };
-  struct Context {
-    const Forward<T>& p;
+  struct alignas(64) Context {
+    Forward<T> p;
     Grid panels, dots;
   } context{p, {p.B - few, 0, 0}, {few, (p.H + N - 1) / N, (few + kDotRows - 1) / kDotRows}};
   Grid& panels = context.panels;

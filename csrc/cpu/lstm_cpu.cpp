@@ -64,9 +64,10 @@ void run(int64_t tasks, int64_t work, void (*task)(const void*, int64_t), const 
     shares[s].next.store(tasks * s / n, std::memory_order_relaxed);
     shares[s].end = tasks * (s + 1) / n;
   }
-  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+  // What a thread has to know it gets by value, together: each line that it fetches from this core is time.
+  at::parallel_for(0, threads, 1, [task, context, n, first = &shares[0]](int64_t thread, int64_t) {
     for (int64_t s = 0; s < n; s++) {
-      Share& share = shares[(thread + s) % n];
+      Share& share = first[(thread + s) % n];
       if (share.next.load(std::memory_order_relaxed) >= share.end) continue;  // cheaper than to write
       for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
         task(context, i);
