@@ -188,7 +188,8 @@ LSTMFUSED_INLINE void add_dots(Vec<A> (&s)[Unroll][R * 4], Rows<T> x, const T* w
     fetch(k);
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; gate++) {
-      const Vec<Factor<T>> w = load_part(weight + gate * gate_stride + k);
+      Vec<Factor<T>> w = load_part(weight + gate * gate_stride + k);
+      if constexpr (R > 1) keep(w);
       each_sum<1, R>([&](int, int r) LSTMFUSED_INLINED { multiply_add(into[r * 4 + gate], row[r], w); });
     }
   };
@@ -226,7 +227,7 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
   constexpr int Unroll = Units, Dots = 4 * Units * R, kPage = 4096 / sizeof(T);
   Vec<A> dots[kWholeDots<Dots, A>];  // (Units, R, 4)
   for (int i = Dots; i < int(sizeof dots / sizeof *dots); i++) dots[i] = Vec<A>{};
-  for (int i = 0; i < Units; i++) {
+  each_sum<1, Units>([&](int, int i) LSTMFUSED_INLINED {
     Vec<A> s[Unroll][R * 4];
     each_sum<Unroll, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[j][d] = Vec<A>{}; });
     const auto add = [&](Rows<T> x, const T* weights) LSTMFUSED_INLINED {
@@ -240,7 +241,7 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
     add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
     each_sum<Unroll - 1, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[0][d] += s[j + 1][d]; });
     each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[i * R * 4 + d] = s[0][d]; });
-  }
+  });
   sum_dots<Units, R>(dots, sums);
 }
 

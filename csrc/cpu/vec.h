@@ -56,6 +56,16 @@ LSTMFUSED_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};  // x - 0 keeps the sign of zero, x + 0 does not
 }
 
+// Has v in a register: GCC would load again, at each use, what it can load as part of an instruction.
+template <class V>
+LSTMFUSED_INLINE void keep([[maybe_unused]] V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Memory: full vectors
 
