@@ -453,8 +453,11 @@ static void forward(const Forward<T>& p, const Pool& pool) {
           // Of far weights some are used for all rows before the next ones are fetched.
           const int64_t down = far ? i % panels.down : i / panels.across,
                         across = far ? i / panels.down : i % panels.across;
+          // Equal pieces of the units, but two threads should not write to the same lines where rows of h
+          // and c are whole ones.
+          const int64_t unit = p.H % N ? 1 : N;
           return forward_panel(p, piece(down, panels.down, panels.rows, N),
-                               piece(across, panels.across, p.H, N));
+                               piece(across, panels.across, p.H, unit));
         }
         i -= panels.tasks();
         const Range rows = piece(i / dots.across, dots.down, dots.rows, kDots / 4);
