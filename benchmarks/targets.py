@@ -2,8 +2,9 @@
 
 A row's ratio is the time (or the memory) of a peer over that of the subject, measured by turns in
 one run; the peer may be the limit. "At the limit" is what the subject's ratio would be if each of
-its steps took as long as the roofline says or, if that is more, as an operator that only allocates:
-in that row or, where it was not measured, in the median row.
+its steps took as long as an operator that only allocates, in that row or, where it was not
+measured, in the median row, and then as long as the roofline says: first come the outputs, then
+what is written there.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def found(target: Target, result: Row) -> list[Found]:
         at_limit = share = None
         if "limit" in measured:
             allocate = measured.get("allocate", least.get(row["threads"], 0))
-            bound = max(measured["limit"], allocate)
+            bound = allocate + measured["limit"]
             at_limit, share = peer / bound, bound / own
         rows.append(Found(row, peer / own, at_limit, share))
     return sorted(rows, key=lambda entry: entry.ratio)
@@ -297,10 +298,10 @@ def markdown(result: Row) -> str:
     notes = [
         f"{result['processor']}, threads {' and '.join(map(str, threads))}; torch "
         f"{result['versions']['torch']}, revision {revision}, {result['date'][:10]}. Means are "
-        "geometric. At the limit: what a cell would reach whose every step took as long as the "
-        "roofline says or, if that is more, as an operator that only allocates its outputs and, in "
-        "training, the gradients (at B <= 8, H <= 64). That one is called as a module, as the cell "
-        "is; whole calls are compared."
+        "geometric. At the limit: what a cell would reach whose every step took as long as an "
+        "operator that only allocates its outputs and, in training, the gradients (measured at "
+        "B <= 8, H <= 64), and then as long as the roofline says. That one is called as a module, "
+        "as the cell is; whole calls are compared."
     ]
     if environment := result.get("avx2", {}).get("environment"):
         settings = " ".join(f"{name}={value}" for name, value in environment.items())
