@@ -31,6 +31,7 @@ State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTe
   return {std::get<0>(next).squeeze(0), std::get<1>(next).squeeze(0)};
 }
 
+// The units are those of weight_hh, (4H, H).
 template <class Body>
 State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                  const Tensor& weight_hh, const Body& body) {

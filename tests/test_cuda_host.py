@@ -84,5 +84,5 @@ def test_a_build_without_cuda_says_so() -> None:
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device here")
-    with pytest.raises(NotImplementedError, match="lstm_cell"):
+    with pytest.raises(NotImplementedError, match="'lstmfused::lstm_cell'"):
         cell(random_arguments(3, 5, 7).map(Tensor.cuda))
