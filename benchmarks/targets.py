@@ -32,7 +32,6 @@ class Target(NamedTuple):
     rows: str = "rows"  # where in the result
     form: str = "ratio"  # share: in percent; cost: the other way round, and at most
     peak: str | None = None  # only where the processor has this one
-    cause: str | None = None  # why it is missed, where no row can tell
 
 
 def wide(row: Row) -> bool:
@@ -111,8 +110,6 @@ TARGETS = (
         mode="memory peak",
         rows="memory",
         form="cost",
-        cause="one operator holds the gates and their gradients, 4 * B * H elements each, side by "
-        "side; torch, whose step is many nodes, frees the former on its way through them",
     ),
     Target(
         "cost of the batch-invariant mode",
@@ -245,7 +242,7 @@ def causes(target: Target, rows: list[Found]) -> list[str]:
         if limits:
             texts.append(f"share of the limit, {shares(rows)}")
         texts.append("worst " + "; ".join(named(target, entry) for entry in rows[:WORST]))
-    return [*texts, target.cause] if target.cause else texts
+    return texts
 
 
 def judged(target: Target, result: Row) -> Row:

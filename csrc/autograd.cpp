@@ -1,10 +1,13 @@
 // What makes the step differentiable: gradients by the fused backward kernels, other derivatives by torch's
 // own operators; and autocast.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "batch.h"
@@ -65,6 +68,25 @@ variable_list composed_gradients(const variable_list& saved, const std::array<bo
   return result;
 }
 
+// Inside torch.func.grad, jvp and the like, which refuse a Function made in C++.
+bool in_transform() {
+  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
+  return active.has_any(c10::DispatchKeySet(
+      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+}
+
+// Set where hooks, which may hold it, packed what the graph saved.
+constexpr auto kHooked = "hooked";
+
+// Whether no one will see the gates again: the graph goes, and no hook or mode holds or follows what it
+// saved. Two owners are the graph's node and the caller.
+bool last_use(const AutogradContext& context, const Tensor& gates) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !context.saved_data.count(kHooked) &&
+         gates.use_count() <= 2 && !gates.unsafeGetTensorImpl()->is_python_dispatch() &&
+         gates.has_storage() && gates.storage().use_count() == 1 &&
+         c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !in_transform();
+}
+
 struct Step : torch::autograd::Function<Step> {
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& hx,
                                const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
@@ -74,6 +96,7 @@ struct Step : torch::autograd::Function<Step> {
     context->set_materialize_grads(false);
     context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
                                 bias_hh.value_or(Tensor()), gates});
+    if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) context->saved_data[kHooked] = true;
     return {h, c};
   }
 
@@ -86,22 +109,17 @@ struct Step : torch::autograd::Function<Step> {
     if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
 
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list result = std::apply(
-        [](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
-        lstm_cell_backward(optional(grads[0]), optional(grads[1]), saved[kArguments], saved[kInput],
-                           saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
+    const Tensor& gates = saved[kArguments];
+    const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
+    variable_list result =
+        std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
+                   gradients(optional(grads[0]), optional(grads[1]), gates, saved[kInput], saved[kHx],
+                             saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
     for (int i = 0; i < kArguments; i++)
       if (!wanted[i]) result[i] = Tensor();
     return result;
   }
 };
-
-// Inside torch.func.grad, jvp and the like, which refuse a Function made in C++.
-bool in_transform() {
-  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
-  return active.has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
 
 // body gets batched arguments, checked.
 template <class Body>

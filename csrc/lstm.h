@@ -87,9 +87,9 @@ struct Backward {
   int64_t cx_stride;
   const T* weight_ih;         // (4H, I)
   const T* weight_hh;         // (4H, H)
-  int64_t rows;               // of the batch that scratch has room for: backward_rows()
-  X* grad_gates;              // (rows, 4H) scratch
-  int64_t grad_gates_stride;  // backward_stride()
+  int64_t rows;               // of the batch that scratch has room for: backward_rows(), or B
+  X* grad_gates;              // (rows, 4H) scratch, or gates themselves, which are overwritten
+  int64_t grad_gates_stride;  // backward_stride(), or as it is
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)
   T* grad_hx;         // (B, H)

@@ -3,6 +3,7 @@
 //   lstm_cell            the step, batched or not                      cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_forward    the step on batched tensors, and its gates    cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_backward   its gradients                                 cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
+//   lstm_cell_backward_  the same, and gates are used up               cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
 //
 // How lstm_cell is differentiated by the two after it is in autograd.cpp.
@@ -28,6 +29,13 @@ TORCH_LIBRARY(lstmfused, m) {
   // a gradient that output_mask does not ask for has no element
   m.def(
       "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor input, Tensor hx, "
+      "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
+      "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
+      "Tensor grad_bias_hh)",
+      {at::Tag::pt2_compliant_tag});
+  // gates may become anything
+  m.def(
+      "lstm_cell_backward_(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor input, Tensor hx, "
       "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
@@ -69,6 +77,14 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
                              const Tensor& weight_ih, const Tensor& weight_hh,
                              std::array<bool, 7> output_mask) {
   LSTMFUSED_HANDLE(lstm_cell_backward);
+  return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
+}
+
+Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                              const Tensor& weight_ih, const Tensor& weight_hh,
+                              std::array<bool, 7> output_mask) {
+  LSTMFUSED_HANDLE(lstm_cell_backward_);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 

@@ -27,6 +27,10 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
                              const Tensor& weight_ih, const Tensor& weight_hh,
                              std::array<bool, 7> output_mask);
+Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                              const Tensor& weight_ih, const Tensor& weight_hh,
+                              std::array<bool, 7> output_mask);
 
 // From packed weights; what they are is told in frozen.cpp.
 State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

@@ -133,6 +133,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
 torch.library.register_fake("lstmfused::lstm_cell", _fake_step)
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
+torch.library.register_fake("lstmfused::lstm_cell_backward_", _fake_backward)
 torch.library.register_fake("lstmfused::lstm_cell_frozen", _fake_frozen)
 torch.library.register_vmap("lstmfused::lstm_cell", _vmap)
 

@@ -167,37 +167,40 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
         }
       }
     }
-    const int64_t rows = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
-    vector<A> scratch(rows * stride);
     vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H), vector<T>(G * I),
                        vector<T>(G * H), vector<T>(G),     vector<T>(G)};
-    kernels.backward({B,
-                      I,
-                      H,
-                      grad_h.data(),
-                      H,
-                      grad_c.data(),
-                      H,
-                      out_gates.data(),
-                      x_.data(),
-                      I,
-                      h_.data(),
-                      H,
-                      cx.data(),
-                      H,
-                      weight_ih.data(),
-                      weight_hh.data(),
-                      rows,
-                      scratch.data(),
-                      stride,
-                      out[0].data(),
-                      out[1].data(),
-                      out[2].data(),
-                      out[3].data(),
-                      out[4].data(),
-                      out[5].data(),
-                      out[6].data()},
-                     pool);
+    const auto backward = [&](int64_t rows, A* scratch, int64_t stride) {
+      kernels.backward({B,
+                        I,
+                        H,
+                        grad_h.data(),
+                        H,
+                        grad_c.data(),
+                        H,
+                        out_gates.data(),
+                        x_.data(),
+                        I,
+                        h_.data(),
+                        H,
+                        cx.data(),
+                        H,
+                        weight_ih.data(),
+                        weight_hh.data(),
+                        rows,
+                        scratch,
+                        stride,
+                        out[0].data(),
+                        out[1].data(),
+                        out[2].data(),
+                        out[3].data(),
+                        out[4].data(),
+                        out[5].data(),
+                        out[6].data()},
+                       pool);
+    };
+    const int64_t rows = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
+    vector<A> scratch(rows * stride);
+    backward(rows, scratch.data(), stride);
     check("grad_input", out[0], dx, double(G), B, I, H);
     check("grad_hx", out[1], dh, double(G), B, I, H);
     check("grad_cx", out[2], dc, 1, B, I, H);
@@ -205,6 +208,16 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
     check("grad_weight_hh", out[4], dwh, double(B), B, I, H);
     check("grad_bias_ih", out[5], db, double(B), B, I, H);
     check("grad_bias_hh", out[6], db, double(B), B, I, H);
+    if constexpr (std::is_same_v<T, A>) {  // the gate gradients take the gates' place
+      const vector<vector<T>> expected(std::begin(out), std::end(out));
+      backward(B, out_gates.data(), G);
+      for (size_t i = 0; i < expected.size(); i++)
+        if (out[i] != expected[i]) {
+          failures++;
+          printf("gradient %d differs in place: B %d, I %d, H %d, %d bytes an element\n", int(i), int(B),
+                 int(I), int(H), int(sizeof(T)));
+        }
+    }
   }
 }
 
@@ -280,6 +293,7 @@ int main() {
     }
   test(kernels.f64, 600, 9, 130, 1);                            // more than one stretch of the batch
   for (int64_t B : {3, 7}) test(kernels.f32, B, 4100, 260, 2);  // far weights
+  for (int64_t B : {7, 20}) test(kernels.f32, B, 2, 1030, 2);   // and all of a row near; beside panels
   for (int64_t B : {1, 2, 3, 7}) test_frozen(kernels.frozen_f32, B, 1600, 520, 2);  // far weights
   for (int64_t H = 1; H < 20; H++)  // every width of the last block
     test_frozen(kernels.frozen_f32, 5, 3, H, 1);

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    DTYPES,
     Arguments,
     cell,
     check_gradient,
@@ -15,6 +16,8 @@ from cases import (
     random_like,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lstmfused
@@ -158,6 +161,64 @@ def test_saved_tensors_may_be_offloaded() -> None:
     for name, want in expected.items():
         assert torch.equal(actual[name], want), name
         assert torch.equal(moved[name], want), name
+
+
+class Called(TorchDispatchMode):
+    """Notes what operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def backward_operator(h: Tensor, inputs: list[Tensor], **options: Any) -> tuple[str, list[Tensor]]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        found = torch.autograd.grad(h, inputs, torch.ones_like(h), **options)
+    (name,) = {e.name for e in profiler.events() if e.name.startswith("lstmfused::lstm_cell_back")}
+    return name, list(found)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (600, 9, 130)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_are_used_up_by_who_sees_them_last(
+    dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """The gate gradients take the gates' place only if the graph is not kept, no hook holds what
+    it saved and no mode looks on; whether they do changes no bit."""
+    arguments = random_arguments(*shape, dtype).trainable()
+    h, _ = cell(arguments)
+    first, expected = backward_operator(h, arguments.present(), retain_graph=True)
+    assert first == "lstmfused::lstm_cell_backward"
+    last, found = backward_operator(h, arguments.present())
+    assert last == "lstmfused::lstm_cell_backward_"
+    assert all(map(torch.equal, found, expected))
+
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        held.append((t, t.detach().clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h, _ = cell(arguments)
+    name, found = backward_operator(h, arguments.present())
+    assert name == first
+    assert held
+    assert all(torch.equal(t, copy) for t, copy in held)
+    assert all(map(torch.equal, found, expected))
+
+    h, _ = cell(arguments)
+    with Called() as mode:
+        found = list(torch.autograd.grad(h, arguments.present(), torch.ones_like(h)))
+    assert first in mode.names
+    assert last not in mode.names
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

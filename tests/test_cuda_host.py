@@ -33,7 +33,9 @@ def test_architectures_are_named() -> None:
     assert re.fullmatch(f"({one}(;{one})*)?", _C.cuda_architectures)
 
 
-@pytest.mark.parametrize("op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward"])
+@pytest.mark.parametrize(
+    "op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_"]
+)
 def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
     assert found == bool(_C.cuda_architectures)

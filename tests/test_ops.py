@@ -59,7 +59,8 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
         given = backward_arguments(B, dtype)
         for mask in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
             for grads in (given[:2], [None, given[1]], [given[0], None]):
-                torch.library.opcheck(ops.lstm_cell_backward.default, (*grads, *given[2:], mask))
+                for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+                    torch.library.opcheck(op.default, (*grads, *given[2:], mask))
 
 
 def test_composite_compliance() -> None:
@@ -152,7 +153,8 @@ def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
         meta = [t.to("meta") for t in given]
         for mask in ([True] * 7, [True, False, False, True, False, True, False], [False] * 7):
             real = ops.lstm_cell_backward(*given, mask)
-            assert describe(ops.lstm_cell_backward(*meta, mask)) == describe(real)
+            for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+                assert describe(op(*meta, mask)) == describe(real)
         real = ops.lstm_cell_forward(*random_arguments(B, I, H, dtype))
         fake = random_arguments(B, I, H, dtype).map(lambda t: t.to("meta"))
         assert describe(ops.lstm_cell_forward(*fake)) == describe(real)

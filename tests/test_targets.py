@@ -108,12 +108,6 @@ def test_at_the_limit_a_step_is_not_free() -> None:
     assert judged(forced, found)["at_limit"] == "4.88x, 4.88x"
 
 
-def test_a_known_cause_is_told_where_it_matters() -> None:
-    known = OVER_TORCH._replace(cause="of the moon")
-    assert judged(known, result(row(5, lstmfused=10, torch=12)))["causes"][-1] == "of the moon"
-    assert not judged(known, result(row(5, lstmfused=10, torch=200)))["causes"]
-
-
 def test_without_a_compiler_there_is_no_limit() -> None:
     verdict = judged(OVER_TORCH, result(row(None, lstmfused=10, torch=12)))
     assert verdict["reached"] is False and verdict["at_limit"] == ""

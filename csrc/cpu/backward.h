@@ -8,32 +8,38 @@ namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
 constexpr int64_t kGradientWork = 100;  // what a state's gate gradients cost, in multiply-adds
+constexpr int64_t kGradientStates = 128;
 
-// A stretch of the batch: rows from `begin` on, whose gate gradients are in scratch.
+// A stretch of the batch: rows from `begin` on, whose gate gradients begin at grad_gates.
 //
-// Gate gradients of some rows of it, and the gradient of cx.
+// Gate gradients of some rows of it, which may take the place of their gates, and the gradient of cx.
 template <class T>
 static void gate_gradients(const Backward<T>& p, Range stretch, Range rows) {
   using A = Accumulate<T>;
   using Math = VectorMath<A>;
   constexpr int N = kLanes<A>;
-  for (int64_t r = rows.begin; r < rows.begin + rows.size; r++)
-    for (int64_t u = 0; u < p.H; u += N) {
-      const int64_t row = stretch.begin + r, n = p.H - u;
-      const T* gates = p.gates + row * 4 * p.H + u;
-      const Gates<Vec<A>> gate{load_upto(gates, n), load_upto(gates + p.H, n),
-                               load_upto(gates + 2 * p.H, n), load_upto(gates + 3 * p.H, n)};
-      const Vec<A> c = load_upto(p.cx + row * p.cx_stride + u, n);
-      const Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
-      Vec<A> grad_c = p.grad_c ? load_upto(p.grad_c + row * p.grad_c_stride + u, n) : Vec<A>{};
-      const Gates<Vec<A>> grad = step_backward<Math>(gate, c, grad_h, grad_c);
-      if (p.grad_cx) store_upto(p.grad_cx + row * p.H + u, grad_c, n);
-      A* out = p.grad_gates + r * p.grad_gates_stride + u;
-      store_upto(out, grad.i, n);
-      store_upto(out + p.H, grad.f, n);
-      store_upto(out + 2 * p.H, grad.g, n);
-      store_upto(out + 3 * p.H, grad.o, n);
-    }
+  const auto states = [&](int64_t r, int64_t u) LSTMFUSED_INLINED {
+    const int64_t row = stretch.begin + r, n = p.H - u;
+    const T* gates = p.gates + row * 4 * p.H + u;
+    const Gates<Vec<A>> gate{load_upto(gates, n), load_upto(gates + p.H, n), load_upto(gates + 2 * p.H, n),
+                             load_upto(gates + 3 * p.H, n)};
+    const Vec<A> c = load_upto(p.cx + row * p.cx_stride + u, n);
+    const Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
+    Vec<A> grad_c = p.grad_c ? load_upto(p.grad_c + row * p.grad_c_stride + u, n) : Vec<A>{};
+    const Gates<Vec<A>> grad = step_backward<Math>(gate, c, grad_h, grad_c);
+    if (p.grad_cx) store_upto(p.grad_cx + row * p.H + u, grad_c, n);
+    A* out = p.grad_gates + r * p.grad_gates_stride + u;
+    store_upto(out, grad.i, n);
+    store_upto(out + p.H, grad.f, n);
+    store_upto(out + 2 * p.H, grad.g, n);
+    store_upto(out + 3 * p.H, grad.o, n);
+  };
+  // Of few units some rows at a time: in place, a load right after stores to a part of what it reads waits
+  // for them.
+  const int64_t some = p.H < kGradientStates ? kGradientStates / p.H : 1, end = rows.begin + rows.size;
+  for (int64_t begin = rows.begin; begin < end; begin += some)
+    for (int64_t u = 0; u < p.H; u += N)
+      for (int64_t r = begin; r < end && r < begin + some; r++) states(r, u);
 }
 
 // The gradient of both biases (4H) = or += the sum of a stretch's grad_gates over its rows, for one panel's
@@ -143,8 +149,12 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
 
 template <class T>
 static void backward(const Backward<T>& p, const Pool& pool) {
-  for (int64_t row = 0; row < p.B; row += p.rows)
-    backward_stretch(p, {row, p.B - row < p.rows ? p.B - row : p.rows}, pool);
+  const int64_t rows = backward_rows<T>(p.B, p.I, p.H);
+  for (int64_t row = 0; row < p.B; row += rows) {
+    Backward<T> stretch = p;
+    stretch.grad_gates += row % p.rows * p.grad_gates_stride;
+    backward_stretch(stretch, {row, p.B - row < rows ? p.B - row : rows}, pool);
+  }
 }
 
 }  // namespace LSTMFUSED_VARIANT

@@ -308,16 +308,16 @@ static void dot_far(const Forward<T>& p, int64_t row, int64_t rows, int64_t u, i
 }
 
 template <bool Far, class T>
-static void forward_dot(const Forward<T>& p, int64_t u0, Range rows) {
+static void forward_dot(const Forward<T>& p, Range some, Range rows) {
   using A = Accumulate<T>;
   constexpr int N = kLanes<A>, R = kDots / 4;
-  const int64_t n = p.H - u0 < N ? p.H - u0 : N;
+  const int64_t u0 = some.begin, n = some.size;
   alignas(64) A sums[kDotRows * 4 * N];                                       // (rows, N, 4)
   for (int64_t i = 0; i < rows.size * 4; i++) store(sums + i * N, Vec<A>{});  // lanes beyond n
 
+  // Units of which all rows are done before the next ones: of far weights few, which are near meanwhile.
   const bool pieces = Far && R * (p.I + p.H) * int64_t(sizeof(T)) >= kFirstCache;
-  const int64_t group = pieces ? kFarUnits : R;
-  // Of a few units all rows, so that their weights are still near.
+  const int64_t group = !Far ? N : pieces ? kFarUnits : rows.size > R ? 1 : R;
   for (int64_t u = 0; u < n; u += group) {
     const int64_t units = n - u < group ? n - u : group;
     const auto place = [&](int64_t row, int64_t from) { return sums + (row * N + u + from) * 4; };
@@ -444,25 +444,34 @@ static void forward(const Forward<T>& p, const Pool& pool) {
   } context{p, {p.B - few, 0, 0}, {few, (p.H + N - 1) / N, (few + kDotRows - 1) / kDotRows}};
   Grid& panels = context.panels;
   if (panels.rows) cut(panels.rows, p.H, pool.threads, panels.down, panels.across, N);
+  // Of far weights some are used for all rows before the next ones are fetched: dots beside panels are one
+  // more piece of the rows.
+  if (panels.rows && few && far_weights(p)) {
+    panels.down++;
+    context.dots.down = 0;
+  }
   pool.run(
       panels.tasks() + context.dots.tasks(), (p.B + kWeightWork) * depth * 4 * p.H,
       [](const void* opaque, int64_t i) {
         const auto& [p, panels, dots] = *static_cast<const Context*>(opaque);
         const bool far = far_weights(p);
+        const auto dot = far ? forward_dot<true, T> : forward_dot<false, T>;
         if (i < panels.tasks()) {
-          // Of far weights some are used for all rows before the next ones are fetched.
           const int64_t down = far ? i % panels.down : i / panels.across,
-                        across = far ? i / panels.down : i % panels.across;
+                        across = far ? i / panels.down : i % panels.across,
+                        pieces = panels.down - (dots.rows && !dots.down);
           // Equal pieces of the units, but two threads should not write to the same lines where rows of h
           // and c are whole ones.
-          const int64_t unit = p.H % N ? 1 : N;
-          return forward_panel(p, piece(down, panels.down, panels.rows, N),
-                               piece(across, panels.across, p.H, unit));
+          const Range units = piece(across, panels.across, p.H, p.H % N ? 1 : N);
+          if (down < pieces) return forward_panel(p, piece(down, pieces, panels.rows, N), units);
+          for (int64_t u = 0; u < units.size; u += N)
+            dot(p, {units.begin + u, units.size - u < N ? units.size - u : N}, {panels.rows, dots.rows});
+          return;
         }
         i -= panels.tasks();
         const Range rows = piece(i / dots.across, dots.down, dots.rows, kDots / 4);
-        const auto dot = far ? forward_dot<true, T> : forward_dot<false, T>;
-        dot(p, i % dots.across * N, {panels.rows + rows.begin, rows.size});
+        const int64_t u = i % dots.across * N;
+        dot(p, {u, p.H - u < N ? p.H - u : N}, {panels.rows + rows.begin, rows.size});
       },
       &context);
 }

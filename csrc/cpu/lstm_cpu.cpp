@@ -152,6 +152,9 @@ StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, c
   return {h, c, gates};
 }
 
+// The gate gradients may take the gates' place, where they are of one type and a gate's units fill a line:
+// of fewer units, loads would wait for the stores just before them.
+template <bool in_place>
 Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
                    const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                    const Tensor& weight_hh, std::array<bool, 7> output_mask) {
@@ -164,9 +167,11 @@ Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, c
 
   with_kernels(dtype, [&](const auto& kernels) {
     using T = typename std::decay_t<decltype(kernels)>::dtype;
+    const bool fits = std::is_same_v<T, Accumulate<T>> && given.H * sizeof(T) >= 64;
     const Tensor grad_gates =
-        empty({backward_rows<T>(given.B, given.I, given.H), backward_stride<T>(given.H)},
-              at::toOpMathType(dtype));
+        in_place && fits ? *given.gates
+                         : empty({backward_rows<T>(given.B, given.I, given.H), backward_stride<T>(given.H)},
+                                 at::toOpMathType(dtype));
     kernels.backward(given.with<T, Accumulate<T>>(grad_gates, gradients), pool());
   });
   return gradients;
@@ -178,5 +183,6 @@ Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, c
 TORCH_LIBRARY_IMPL(lstmfused, CPU, m) {
   m.impl("lstm_cell", lstmfused::step);
   m.impl("lstm_cell_forward", lstmfused::forward);
-  m.impl("lstm_cell_backward", lstmfused::backward);
+  m.impl("lstm_cell_backward", lstmfused::backward<false>);
+  m.impl("lstm_cell_backward_", lstmfused::backward<true>);
 }

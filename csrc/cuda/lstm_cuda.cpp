@@ -187,4 +187,5 @@ TORCH_LIBRARY_IMPL(lstmfused, CUDA, m) {
   m.impl("lstm_cell", lstmfused::cuda::step);
   m.impl("lstm_cell_forward", lstmfused::cuda::forward);
   m.impl("lstm_cell_backward", lstmfused::cuda::backward);
+  m.impl("lstm_cell_backward_", lstmfused::cuda::backward);  // gates stay as they are, which they may
 }
