@@ -167,7 +167,7 @@ class Called(TorchDispatchMode):
     """Notes what operators run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(

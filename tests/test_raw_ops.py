@@ -51,7 +51,7 @@ def backward_arguments(arguments: Arguments, dtype: torch.dtype = torch.float32)
 
 def backward(given: dict[str, Any], mask: list[bool] = ALL) -> list[Tensor]:
     """By both operators, of which one may use up the gates and nothing else."""
-    copy = {name: t if t is None else t.clone() for name, t in given.items()}
+    copy: dict[str, Any] = {n: t if t is None else t.clone() for n, t in given.items()}
     found = list(ops.lstm_cell_backward(*given.values(), mask))
     again = list(ops.lstm_cell_backward_(*copy.values(), mask))
     assert all(map(torch.equal, again, found))
