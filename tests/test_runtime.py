@@ -102,6 +102,17 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
             assert same_bits(everything(arguments), expected), (shape, threads)
 
 
+@pytest.mark.parametrize("B", [1, 2, 7, 33, 34])
+def test_weights_beyond_the_caches_give_the_same_bits(B: int) -> None:
+    """How the units are cut depends on the threads; here they meet few rows, or many and few."""
+    arguments = random_arguments(B, 30, 1031)
+    torch.set_num_threads(1)
+    expected = list(cell(arguments))
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert same_bits(list(cell(arguments)), expected), threads
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:

@@ -461,8 +461,8 @@ static void forward(const Forward<T>& p, const Pool& pool) {
                         across = far ? i / panels.down : i % panels.across,
                         pieces = panels.down - (dots.rows && !dots.down);
           // Equal pieces of the units, but two threads should not write to the same lines where rows of h
-          // and c are whole ones.
-          const Range units = piece(across, panels.across, p.H, p.H % N ? 1 : N);
+          // and c are whole ones; and whole vectors for dots, whose bits must not depend on the cut.
+          const Range units = piece(across, panels.across, p.H, far || p.H % N == 0 ? N : 1);
           if (down < pieces) return forward_panel(p, piece(down, pieces, panels.rows, N), units);
           for (int64_t u = 0; u < units.size; u += N)
             dot(p, {units.begin + u, units.size - u < N ? units.size - u : N}, {panels.rows, dots.rows});
