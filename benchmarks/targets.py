@@ -16,6 +16,7 @@ from typing import NamedTuple
 from .report import NAMES, Row, duration, median, shape, table
 
 WORST = 3  # rows named where a target is not reached
+LEAST = 0.02  # of a step, of a part that is named
 
 
 class Target(NamedTuple):
@@ -206,7 +207,17 @@ def size(value: float) -> str:
     return f"{value / 2**10:.4g} KiB" if value < 2**20 else f"{value / 2**20:.4g} MiB"
 
 
-def named(target: Target, entry: Found) -> str:
+def profiled(target: Target, row: Row, result: Row) -> list[str]:
+    """Where the subject's time went, as far as benchmarks/profiles.py has looked."""
+    keys = ("input", "units", "batch", "dtype", "mode", "threads")
+    for profile in result.get("profiles", []):
+        if profile["subject"] == target.subject and all(profile[k] == row[k] for k in keys):
+            most = sorted(profile["shares"].items(), key=lambda item: -item[1])
+            return [", ".join(f"{share:.0%} {part}" for part, share in most if share >= LEAST)]
+    return []
+
+
+def named(target: Target, entry: Found, result: Row) -> str:
     row, measured = entry.row, amounts(entry.row)
 
     def amount(name: str) -> str:
@@ -218,10 +229,11 @@ def named(target: Target, entry: Found) -> str:
     if entry.share is not None and target.peer != "limit":
         details.append(f"{entry.share:.0%} of the limit")
     where = f"{shape(row)} B = {row['batch']}, {threads}"
-    return f"{shown(target, entry.ratio)} at {where} ({', '.join(details)})"
+    texts = [", ".join(details), *profiled(target, row, result)]
+    return f"{shown(target, entry.ratio)} at {where} ({'; '.join(texts)})"
 
 
-def causes(target: Target, rows: list[Found]) -> list[str]:
+def causes(target: Target, rows: list[Found], result: Row) -> list[str]:
     """Why a target is not reached, as far as the run has measured it."""
     ratios = [entry.ratio for entry in rows]
     limits = [entry.at_limit for entry in rows if entry.at_limit is not None]
@@ -241,7 +253,7 @@ def causes(target: Target, rows: list[Found]) -> list[str]:
     if not machine:
         if limits:
             texts.append(f"share of the limit, {shares(rows)}")
-        texts.append("worst " + "; ".join(named(target, entry) for entry in rows[:WORST]))
+        texts.append("worst " + "; ".join(named(target, entry, result) for entry in rows[:WORST]))
     return texts
 
 
@@ -268,7 +280,7 @@ def judged(target: Target, result: Row) -> Row:
         "reached": reached,
         "measured": both(target, ratios),
         "at_limit": both(target, limits) if limits else "",
-        "causes": causes(target, rows) if reached is False else [],
+        "causes": causes(target, rows, result) if reached is False else [],
     }
 
 
@@ -303,5 +315,10 @@ def markdown(result: Row) -> str:
     if environment := result.get("avx2", {}).get("environment"):
         settings = " ".join(f"{name}={value}" for name, value in environment.items())
         notes.append(f"AVX2: both cells in a process with `{settings}`.")
+    if result.get("profiles"):
+        notes.append(
+            "Of the rows named, perf told afterwards to what parts of a step their time goes "
+            f"(`python -m benchmarks.profiles`; parts under {LEAST:.0%} are left out)."
+        )
     texts = [f"- {v['target'].what}: {'; '.join(v['causes'])}." for v in verdicts if v["causes"]]
     return "\n\n".join(filter(None, [" ".join(notes), table(header, lines), "\n".join(texts)]))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are run from the repository, not installed
 pytest.importorskip("tqdm")
 
-from benchmarks import contestants, full, machine, report, targets  # noqa: E402
+from benchmarks import contestants, full, machine, profiles, report, targets  # noqa: E402
 from benchmarks.__main__ import arguments  # noqa: E402
 from benchmarks.memory import KEPT, PEAK, memory  # noqa: E402
 from benchmarks.roofline import SIZES, Roofline  # noqa: E402
@@ -106,6 +106,44 @@ def test_at_the_limit_a_step_is_not_free() -> None:
     forced = OVER_TORCH._replace(rows="avx2_rows")  # they have their own
     found = result(*others, avx2_rows=[small, row(1, 2, 1, allocate=4)])
     assert judged(forced, found)["at_limit"] == "4.88x, 4.88x"
+
+
+def test_samples_are_shared_out_to_parts() -> None:
+    kernel = "lstmfused::isa_avx2::"
+    report = f"""# Overhead|Shared Object|Symbol
+    50.00%|_C.cpython-311-x86_64-linux-gnu.so|[.] {kernel}forward_panel<float>(A const&, B)
+    10.00%|_C.cpython-311-x86_64-linux-gnu.so|[.] {kernel}dot_tile<4, 1, false, float, float>
+     9.00%|_C.cpython-311-x86_64-linux-gnu.so|[.] {kernel}finish_block<float, float>
+     8.00%|_C.cpython-311-x86_64-linux-gnu.so|[.] {kernel}transpose_into<float>
+     7.00%|_C.cpython-311-x86_64-linux-gnu.so|[.] lstmfused::(anonymous namespace)::step
+     6.00%|[kernel.kallsyms]|[k] clear_page_erms
+     4.00%|libgomp-a34b3233.so.1|[.] 0x000000000001dd7a
+     3.00%|libc.so.6|[.] malloc
+     2.00%|libpython3.11.so.1.0|[.] _PyEval_EvalFrameDefault
+     1.00%|libtorch_cpu.so|[.] torch::autograd::Engine::evaluate_function
+"""
+    assert profiles.shares(report) == pytest.approx(
+        {
+            "products": 0.6,
+            "activations": 0.09,
+            "transposing": 0.08,
+            "torch": 0.08,
+            "new pages": 0.06,
+            "waiting for threads": 0.04,
+            "allocator": 0.03,
+            "Python": 0.02,
+        }
+    )
+
+
+def test_a_profile_is_told_with_its_row() -> None:
+    slow, other = row(5, lstmfused=10, torch=12), row(5, batch=1, lstmfused=10, torch=200)
+    found = result(slow, other)
+    assert list(profiles.wanted(found).values()) == ["lstmfused"] * 2
+    shares = {"new pages": 0.25, "products": 0.74, "Python": 0.01}
+    found["profiles"] = [{**slow, "subject": "lstmfused", "shares": shares}]
+    (text,) = [t for t in judged(OVER_TORCH, found)["causes"] if t.startswith("worst")]
+    assert text.count("% of the limit; 74% products, 25% new pages)") == 1
 
 
 def test_without_a_compiler_there_is_no_limit() -> None:
