@@ -26,10 +26,10 @@ from .contestants import contestants
 from .full import case_of
 from .gpu.record import Record
 from .shapes import Case
-from .targets import TARGETS, WORST, found, judged
+from .targets import TARGETS, found, judged, looked_at
 from .verify import Problem
 
-SECONDS = 3.0
+SECONDS = 2.0
 FREQUENCY = 2999  # samples a second; no divisor of what else comes every millisecond
 
 # From "library symbol" to a part of the step; the first that fits.
@@ -89,14 +89,15 @@ def profile(case: Case, name: str, seconds: float = SECONDS) -> dict[str, float]
     return shares(report.stdout)
 
 
-def wanted(result: dict[str, Any]) -> dict[Case, str]:
-    """The rows that the targets' table names, and who is held to the target."""
-    return {
-        case_of(entry.row): target.subject
+def wanted(result: dict[str, Any]) -> list[tuple[Case, str]]:
+    """The rows that the targets' table tells about, each once, and who is held to the target."""
+    every = (
+        (case_of(entry.row), target.subject)
         for target in TARGETS
         if target.rows == "rows" and judged(target, result)["reached"] is False
-        for entry in found(target, result)[:WORST]
-    }
+        for entry in looked_at(found(target, result))
+    )
+    return list(dict.fromkeys(every))
 
 
 def main() -> int:
@@ -117,7 +118,7 @@ def main() -> int:
             "subject": name,
             "shares": {k: round(v, 3) for k, v in profile(case, name).items()},
         }
-        for case, name in tqdm(wanted(record.data).items(), unit="row")
+        for case, name in tqdm(wanted(record.data), unit="row")
     ]
     record.flush()
     return 0

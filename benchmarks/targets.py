@@ -189,32 +189,56 @@ def group(row: Row) -> tuple[str, str]:
     )
 
 
-def shares(rows: list[Found]) -> str:
-    """Of the limit that groups of rows reach, in geometric mean."""
-    by: dict[str, dict[str, list[float]]] = {}
+def groups(rows: list[Found]) -> dict[str, dict[str, list[Found]]]:
+    """By units and by batch, each from the least share of the limit to the largest."""
+    by: dict[str, dict[str, list[Found]]] = {}
     for entry in sorted(rows, key=lambda entry: (entry.row["units"], entry.row["batch"])):
         if entry.share is not None:
             units, batch = group(entry.row)
-            by.setdefault(units, {}).setdefault(batch, []).append(entry.share)
-    return "; ".join(
-        f"{units}: "
-        + ", ".join(f"{statistics.geometric_mean(v):.0%} at {batch}" for batch, v in b.items())
-        for units, b in by.items()
-    )
+            by.setdefault(units, {}).setdefault(batch, []).append(entry)
+    for batches in by.values():
+        for entries in batches.values():
+            entries.sort(key=lambda entry: entry.share or 0)
+    return by
 
 
-def size(value: float) -> str:
-    return f"{value / 2**10:.4g} KiB" if value < 2**20 else f"{value / 2**20:.4g} MiB"
+def typical(entries: list[Found]) -> Found:
+    return entries[len(entries) // 2]
 
 
-def profiled(target: Target, row: Row, result: Row) -> list[str]:
+def looked_at(rows: list[Found]) -> list[Found]:
+    """Those of which it is told where their time goes: the worst, and one of each group."""
+    each = [typical(entries) for batches in groups(rows).values() for entries in batches.values()]
+    return rows[:WORST] + each
+
+
+def profiled(target: Target, row: Row, result: Row) -> str:
     """Where the subject's time went, as far as benchmarks/profiles.py has looked."""
     keys = ("input", "units", "batch", "dtype", "mode", "threads")
     for profile in result.get("profiles", []):
         if profile["subject"] == target.subject and all(profile[k] == row[k] for k in keys):
             most = sorted(profile["shares"].items(), key=lambda item: -item[1])
-            return [", ".join(f"{share:.0%} {part}" for part, share in most if share >= LEAST)]
-    return []
+            return ", ".join(f"{share:.0%} {part}" for part, share in most if share >= LEAST)
+    return ""
+
+
+def shares(target: Target, rows: list[Found], result: Row) -> str:
+    """Of the limit that groups of rows reach, in geometric mean, and where a typical one's time
+    goes."""
+
+    def told(batch: str, entries: list[Found]) -> str:
+        mean = statistics.geometric_mean(entry.share or 0 for entry in entries)
+        parts = profiled(target, typical(entries).row, result)
+        return f"{mean:.0%} at {batch}" + (f" ({parts})" if parts else "")
+
+    return "; ".join(
+        f"{units}: " + ", ".join(told(batch, entries) for batch, entries in batches.items())
+        for units, batches in groups(rows).items()
+    )
+
+
+def size(value: float) -> str:
+    return f"{value / 2**10:.4g} KiB" if value < 2**20 else f"{value / 2**20:.4g} MiB"
 
 
 def named(target: Target, entry: Found, result: Row) -> str:
@@ -229,7 +253,7 @@ def named(target: Target, entry: Found, result: Row) -> str:
     if entry.share is not None and target.peer != "limit":
         details.append(f"{entry.share:.0%} of the limit")
     where = f"{shape(row)} B = {row['batch']}, {threads}"
-    texts = [", ".join(details), *profiled(target, row, result)]
+    texts = filter(None, (", ".join(details), profiled(target, row, result)))
     return f"{shown(target, entry.ratio)} at {where} ({'; '.join(texts)})"
 
 
@@ -252,7 +276,7 @@ def causes(target: Target, rows: list[Found], result: Row) -> list[str]:
         machine = machine and len(beyond) == len(below)
     if not machine:
         if limits:
-            texts.append(f"share of the limit, {shares(rows)}")
+            texts.append(f"share of the limit, {shares(target, rows, result)}")
         texts.append("worst " + "; ".join(named(target, entry, result) for entry in rows[:WORST]))
     return texts
 
@@ -317,8 +341,9 @@ def markdown(result: Row) -> str:
         notes.append(f"AVX2: both cells in a process with `{settings}`.")
     if result.get("profiles"):
         notes.append(
-            "Of the rows named, perf told afterwards to what parts of a step their time goes "
-            f"(`python -m benchmarks.profiles`; parts under {LEAST:.0%} are left out)."
+            "Of the rows named, and of one in each group, perf told afterwards to what parts of a "
+            "step their time goes (`python -m benchmarks.profiles`); parts under "
+            f"{LEAST:.0%} are left out."
         )
     texts = [f"- {v['target'].what}: {'; '.join(v['causes'])}." for v in verdicts if v["causes"]]
     return "\n\n".join(filter(None, [" ".join(notes), table(header, lines), "\n".join(texts)]))
