@@ -6,7 +6,7 @@
 //   lstm_cell_backward_  the same, and gates are used up               cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
 //   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
 //
-// How lstm_cell is differentiated by the two after it is in autograd.cpp.
+// How lstm_cell is differentiated by the three after it is in autograd.cpp.
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
