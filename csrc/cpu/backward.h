@@ -7,7 +7,7 @@
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
-constexpr int64_t kGradientWork = 100;  // what a state's gate gradients cost, in multiply-adds
+constexpr int64_t kGradientWork = 100;    // what a state's gate gradients cost, in multiply-adds
 constexpr int64_t kGradientStates = 128;  // of rows side by side, where one has fewer
 
 // A stretch of the batch: rows from `begin` on, whose gate gradients begin at grad_gates.
