@@ -63,15 +63,5 @@ def memory(threads: int, shapes: tuple[Shape, ...] = SHAPES, seed: int = 0) -> l
             (KEPT, {name: kept(problem, f) for name, f in forwards.items()} | {"allowed": allowed}),
             (PEAK, {name: peak(problem, f) for name, f in forwards.items()}),
         ):
-            rows.append(
-                {
-                    "input": shape.input,
-                    "units": shape.units,
-                    "batch": shape.batch,
-                    "dtype": "float32",
-                    "mode": mode,
-                    "threads": threads,
-                    "bytes": found,
-                }
-            )
+            rows.append({**problem.case._replace(mode=mode).columns(), "bytes": found})
     return rows

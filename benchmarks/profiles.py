@@ -1,4 +1,5 @@
-"""Where the time of a step goes, by perf, for the rows that a --full run names as worst.
+"""Where the time of a step goes, by perf, for rows of a --full run: the worst of each missed target
+and one of each group of sizes.
 
 python -m benchmarks.profiles RESULT.json samples each of them for some seconds and adds what it
 finds to the file; the targets' table tells it.
@@ -38,7 +39,7 @@ PARTS = {
     "waiting for threads": r"^libgomp",
     "transposing": r"^_C\S* .*transpose",
     "products": r"^_C\S* .*(panel|_tile|dot_piece|dot_far|Product|frozen_(block|streams))",
-    "activations": r"^_C\S* .*(finish|forward_dot|gate_gradients|bias_gradient)",  # their gradients
+    "activations": r"^_C\S* .*(finish|forward_dot|gate_gradients|bias_gradient)",
     "allocator": r"^libc\.",
     "Python": r"^(libpython|python)",
     "torch": "",  # its dispatch and autograd, and our own operators' C++
@@ -60,7 +61,7 @@ def shares(report: str) -> dict[str, float]:
     return total
 
 
-def profile(case: Case, name: str, seconds: float = SECONDS) -> dict[str, float]:
+def profile(case: Case, name: str) -> dict[str, float]:
     """The shares of the parts in the steps of one contestant."""
     torch.set_num_threads(case.threads)
     (who,) = contestants((name,))
@@ -74,7 +75,7 @@ def profile(case: Case, name: str, seconds: float = SECONDS) -> dict[str, float]
                 step()
             perf = subprocess.Popen([*record, "-p", str(os.getpid())], stderr=subprocess.DEVNULL)
             time.sleep(0.5)  # until it samples
-            end = time.perf_counter() + seconds
+            end = time.perf_counter() + SECONDS
             while time.perf_counter() < end:
                 step()
             perf.send_signal(signal.SIGINT)
@@ -109,12 +110,7 @@ def main() -> int:
     record = Record(args.result, json.loads(args.result.read_text(encoding="utf-8")))
     record.data["profiles"] = [
         {
-            "input": case.shape.input,
-            "units": case.shape.units,
-            "batch": case.batch,
-            "dtype": case.dtype,
-            "mode": case.mode,
-            "threads": case.threads,
+            **case.columns(),
             "subject": name,
             "shares": {k: round(v, 3) for k, v in profile(case, name).items()},
         }

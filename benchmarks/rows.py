@@ -56,12 +56,7 @@ def row(case: Case, field: list[Contestant], seconds: float, seed: int) -> dict[
     median = {name: timing.median for name, timing in timings.items()}
     own = median.get("lstmfused")
     return {
-        "input": case.shape.input,
-        "units": case.shape.units,
-        "batch": case.batch,
-        "dtype": case.dtype,
-        "mode": case.mode,
-        "threads": case.threads,
+        **case.columns(),
         "microseconds": {name: asdict(timing) for name, timing in timings.items()},
         "broken": broken,
         "speedup": {k: v / own for k, v in median.items() if k != "lstmfused"} if own else {},

@@ -63,6 +63,17 @@ class Case(NamedTuple):
         forward = 2 * self.batch * (self.shape.input + self.shape.units) * 4 * self.shape.units
         return forward * (1 if self.mode == "inference" else 3)
 
+    def columns(self) -> dict[str, int | str]:
+        """What a row of a result file says of its case."""
+        return {
+            "input": self.shape.input,
+            "units": self.shape.units,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "threads": self.threads,
+        }
+
     @property
     def bytes(self) -> int:
         """Weights once and x, h, c, h', c' once; in training each of them has a gradient."""

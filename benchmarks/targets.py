@@ -214,9 +214,9 @@ def looked_at(rows: list[Found]) -> list[Found]:
 
 def profiled(target: Target, row: Row, result: Row) -> str:
     """Where the subject's time went, as far as benchmarks/profiles.py has looked."""
-    keys = ("input", "units", "batch", "dtype", "mode", "threads")
     for profile in result.get("profiles", []):
-        if profile["subject"] == target.subject and all(profile[k] == row[k] for k in keys):
+        case = {key: row.get(key) for key in profile.keys() - {"subject", "shares"}}
+        if profile == {**profile, **case, "subject": target.subject}:
             most = sorted(profile["shares"].items(), key=lambda item: -item[1])
             return ", ".join(f"{share:.0%} {part}" for part, share in most if share >= LEAST)
     return ""

@@ -141,7 +141,8 @@ def test_a_profile_is_told_with_its_row() -> None:
     found = result(slow, other)
     assert [name for _, name in profiles.wanted(found)] == ["lstmfused"] * 2
     shares = {"new pages": 0.25, "products": 0.74, "Python": 0.01}
-    found["profiles"] = [{**slow, "subject": "lstmfused", "shares": shares}]
+    case = full.case_of(slow).columns()
+    found["profiles"] = [{**case, "subject": "lstmfused", "shares": shares}]
     _, groups, worst = judged(OVER_TORCH, found)["causes"]
     assert groups.endswith("50% at B <= 8, 50% at 8 < B <= 64 (74% products, 25% new pages)")
     assert worst.count("50% of the limit; 74% products, 25% new pages)") == 1
