@@ -30,6 +30,7 @@ CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
 FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
 CUDA_SOURCE = CSRC / "cuda" / "kernels.cu"
+DIGEST = runpy.run_path(str(CSRC / "digest.py"))["digest"]()
 nvcc = SimpleNamespace(**runpy.run_path(str(CSRC / "cuda" / "nvcc.py")))
 NVCC = nvcc.find_nvcc()
 
@@ -40,7 +41,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
     def run(self) -> None:
         super().run()
         built = Path(self.get_ext_fullpath("lstmfused._C")).with_name("_build.py")
-        built.write_text(f'TORCH = "{torch.__version__}"\nVARIANTS = "{", ".join(VARIANTS)}"\n')
+        facts = {"TORCH": torch.__version__, "VARIANTS": ", ".join(VARIANTS), "SOURCES": DIGEST}
+        built.write_text("".join(f'{name} = "{fact}"\n' for name, fact in facts.items()))
 
     def build_extension(self, ext: Extension) -> None:
         if not shutil.which(get_cxx_compiler()):

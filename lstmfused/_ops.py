@@ -146,6 +146,7 @@ def build_info() -> dict[str, str]:
         "lstmfused": __version__,
         "built for torch": _build.TORCH,
         "running torch": torch.__version__,
+        "digest of the sources": _build.SOURCES,
         "compiler": _C.compiler,
         "cpu kernels built": _build.VARIANTS,
         "cpu kernel": _C.cpu_kernel(),
