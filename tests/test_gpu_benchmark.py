@@ -317,8 +317,8 @@ def test_tests_stage(tmp_path: Path) -> None:
 
 def test_tests_stage_ends_in_time(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
-    file.write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(60)\n")
-    found = checks.tests(Clock(14), tmp_path / "logs", str(file))
+    file.write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(600)\n")
+    found = checks.tests(Clock(40), tmp_path / "logs", str(file))
     assert found["status"] == "failed" and found["timed_out"]
     assert found["counts"]["passed"] == 1
 

@@ -179,7 +179,7 @@ def tests(clock: Clock, logs: Path, *given: str) -> Json:
     report.unlink(missing_ok=True)
     # Else a warning on import, which pyproject.toml makes an error, would end all tests.
     options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", "-Wdefault")
-    if find_spec("xdist"):
+    if not given and find_spec("xdist"):
         options += ("-n", WORKERS)
     found = run(python("-m", "pytest", *files, *options), log, max(1, clock.left() - 10))
     parsed = outcomes(log.read_text(encoding="utf-8", errors="replace"))
