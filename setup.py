@@ -68,7 +68,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         ext.library_dirs += nvcc.library_folders(NVCC)
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
         ext.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
-        flags = [*nvcc.NVCC_FLAGS, "--threads", "0", *_get_cuda_arch_flags()]
+        hopper = ["-DLSTMFUSED_SM90A"] if "9.0a" in architectures else []  # its own instructions
+        flags = [*nvcc.NVCC_FLAGS, "--threads", "0", *hopper, *_get_cuda_arch_flags()]
         return self.compile(NVCC, flags, CUDA_SOURCE, "kernels_cuda.o")
 
     def compile(self, compiler: str, flags: list[str], source: Path, name: str) -> str:

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -165,7 +166,7 @@ static void run(Where where, const char* name, const vector<Array<T>*>& outputs,
                 const After& after) {
   where.name = name;
   vector<vector<T>> first;
-  int device = 0;
+  std::pair<int, int> device{};
   for (const Setting& setting : settings) {
     where.device = setting.device;
     simt::order = setting.order;
@@ -177,8 +178,9 @@ static void run(Where where, const char* name, const vector<Array<T>*>& outputs,
       continue;
     }
     after(where);
-    if (device != setting.device.capability) {
-      device = setting.device.capability;
+    const std::pair this_one{setting.device.capability, setting.device.multiprocessors};
+    if (device != this_one) {
+      device = this_one;
       first.clear();
       for (Array<T>* output : outputs) first.push_back(output->memory);
     }
@@ -312,22 +314,34 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
         where, "forward_tensor_cores", {&h, &c},
         [&](Device on) { return forward_tensor_cores(problem(), on); },
         [&](const Where& at) { compare(at, step, save_gates()); });
+    if constexpr (sizeof(T) == 2)
+      run<T>(
+          where, "forward_warpgroups", {&h, &c},
+          [&](Device on) {
+            return has_warpgroups<T>(on) ? forward_warpgroups(problem(), on)
+                                         : forward_tensor_cores(problem(), on);
+          },
+          [&](const Where& at) { compare(at, step, save_gates()); });
   }
 
-  if constexpr (sizeof(T) > 2) {
-    Array<T> given(B, G);
-    for (bool in_place : {false, true})
-      run<T>(
-          where, in_place ? "finish in place" : "finish", {&h, &c},
-          [&](Device on) {
-            Forward<T> p = problem();
-            Array<T>& from_sums = in_place ? gates : given;
-            for (int64_t i = 0; i < B * G; i++) from_sums.data()[i] = T(sums[i]);
-            if (in_place) p.gates = gates.data();
-            return finish(p, from_sums.data(), on);
-          },
-          [&](const Where& at) { compare(at, expected, in_place || save_gates()); });
-  }
+  Array<Accumulate<T>> given(B, G);
+  run<T>(
+      where, "finish", {&h, &c},
+      [&](Device on) {
+        for (int64_t i = 0; i < B * G; i++) given.data()[i] = Accumulate<T>(sums[i]);
+        return finish(problem(), given.data(), on);
+      },
+      [&](const Where& at) { compare(at, expected, save_gates()); });
+  if constexpr (sizeof(T) > 2)
+    run<T>(
+        where, "finish in place", {&h, &c},
+        [&](Device on) {
+          Forward<T> p = problem();
+          for (int64_t i = 0; i < B * G; i++) gates.data()[i] = T(sums[i]);
+          p.gates = gates.data();
+          return finish(p, gates.data(), on);
+        },
+        [&](const Where& at) { compare(at, expected, true); });
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -576,7 +590,8 @@ int main(int count, char**) {
   using simt::Order;
   const bool quick = count > 1;
   const Device large{90, 132, 227 << 10, nullptr, 0}, small{80, 4, 163 << 10, nullptr, 0},
-      narrow{89, 128, 99 << 10, nullptr, 0}, lone{100, 1, 227 << 10, nullptr, 0};
+      narrow{89, 128, 99 << 10, nullptr, 0}, lone{100, 1, 227 << 10, nullptr, 0},
+      lone_hopper{90, 1, 227 << 10, nullptr, 0};
   test_gpu();
   const auto test = [&](int64_t B, int64_t I, int64_t H) {
     settings = {{large, Order::kForward}, {large, Order::kBackward}, {large, Order::kGreedy}};
@@ -585,6 +600,8 @@ int main(int count, char**) {
     } else if (!quick) {  // other tiles
       settings.push_back({narrow, Order::kForward});
       settings.push_back({lone, Order::kGreedy});
+      settings.push_back({lone_hopper, Order::kForward});
+      settings.push_back({lone_hopper, Order::kGreedy});
     }
     if (!quick) settings.push_back({small, Order::kGreedy});
     const auto test_type = [&](auto zero, Layout layout) {
@@ -599,13 +616,13 @@ int main(int count, char**) {
       test_type(bfloat16{}, layout);
     }
   };
-  constexpr int64_t kQuick[][3] = {{2, 3, 7}, {9, 72, 72}, {20, 99, 67}};
-  constexpr int64_t kAll[][3] = {{1, 1, 1},     {1, 130, 64},  {1, 72, 64},    {2, 3, 7},    {2, 20, 33},
-                                 {2, 264, 264}, {3, 16, 16},   {3, 51, 72},    {3, 0, 20},   {5, 2, 20},
-                                 {5, 72, 40},   {8, 33, 20},   {8, 20, 64},    {9, 7, 3},    {9, 64, 20},
-                                 {17, 130, 2},  {17, 16, 33},  {33, 1, 16},    {33, 72, 64}, {64, 20, 16},
-                                 {64, 64, 20},  {97, 3, 20},   {97, 130, 72},  {130, 3, 16}, {130, 72, 16},
-                                 {130, 7, 130}, {130, 16, 64}, {130, 136, 64}, {260, 24, 40}};
+  constexpr int64_t kQuick[][3] = {{2, 3, 7}, {9, 72, 72}, {20, 99, 67}, {65, 392, 72}};
+  constexpr int64_t kAll[][3] = {
+      {1, 1, 1},     {1, 130, 64},  {1, 72, 64},   {2, 3, 7},      {2, 20, 33},   {2, 264, 264},
+      {3, 16, 16},   {3, 51, 72},   {3, 0, 20},    {5, 2, 20},     {5, 72, 40},   {8, 33, 20},
+      {8, 20, 64},   {9, 7, 3},     {9, 64, 20},   {17, 130, 2},   {17, 16, 33},  {33, 1, 16},
+      {33, 72, 64},  {64, 20, 16},  {64, 64, 20},  {97, 3, 20},    {97, 130, 72}, {130, 3, 16},
+      {130, 72, 16}, {130, 7, 130}, {130, 16, 64}, {130, 136, 64}, {260, 24, 40}, {66, 392, 72}};
   if (quick)
     for (const auto& [B, I, H] : kQuick) test(B, I, H);
   else

@@ -67,7 +67,7 @@ def path(device: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 every_path = pytest.mark.parametrize(
-    "path", ["few_rows", "tensor_cores", "products"], indirect=True
+    "path", ["few_rows", "tensor_cores", "warpgroups", "products"], indirect=True
 )
 
 
@@ -76,7 +76,7 @@ every_path = pytest.mark.parametrize(
 @every_path
 def test_every_path(device: str, path: str, dtype: torch.dtype) -> None:
     """Also where another is the faster one."""
-    for I, H in ((1, 1), (3, 5), (24, 40), (64, 64), (51, 20), (264, 136)):
+    for I, H in ((1, 1), (3, 5), (24, 40), (64, 64), (51, 20), (264, 136), (51, 64), (640, 72)):
         for B in (1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129):
             check_forward(on(device, B, I, H, dtype), (B, I, H))
         for B in (1, 9, 33, 129):

@@ -29,7 +29,7 @@ EXERCISE = ("-m", "benchmarks.gpu.exercise")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # The tests that need a device, and what the binding says of one.
 TESTS = tuple(f"tests/test_cuda{name}.py" for name in ("", "_gradients", "_runtime", "_host"))
-WORKERS = "6"  # of pytest: each has a CUDA context of its own
+WORKERS = "10"  # of pytest: each has a CUDA context of its own
 
 
 def output(*command: str) -> str | None:
@@ -54,10 +54,12 @@ def slug(name: str) -> str:  # machine.slug can be imported only once lstmfused 
 
 
 def revision(given: str | None) -> Json:
+    if given:  # the sources were brought here, and git knows nothing of what they were there
+        return {"revision": given, "dirty": None}
     commit = output("git", "rev-parse", "HEAD")
     changes = output("git", "status", "--porcelain", "--untracked-files=no")
     dirty = None if changes is None or not commit else bool(changes)
-    return {"revision": given or commit or "unknown", "dirty": dirty}
+    return {"revision": commit or "unknown", "dirty": dirty}
 
 
 def smi(properties: Any) -> dict[str, str] | None:

@@ -3,13 +3,16 @@
 #include <ATen/Context.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
+#include <mutex>
 
 #include "../batch.h"
 #include "../tensors.h"
@@ -22,8 +25,10 @@ namespace {
 
 std::atomic<std::optional<Path>> forced{std::nullopt};
 
-constexpr std::array<std::pair<const char*, Path>, 3> kPaths{
-    {{"few_rows", Path::kFewRows}, {"tensor_cores", Path::kTensorCores}, {"products", Path::kProducts}}};
+constexpr std::array<std::pair<const char*, Path>, 4> kPaths{{{"few_rows", Path::kFewRows},
+                                                              {"tensor_cores", Path::kTensorCores},
+                                                              {"warpgroups", Path::kWarpgroups},
+                                                              {"products", Path::kProducts}}};
 
 // f(T{}) with the kernels' name of a dtype; checks.cpp admits no other.
 template <class F>
@@ -38,9 +43,16 @@ auto with_type(at::ScalarType dtype, const F& f) {
 
 void check_status(const char* error) { TORCH_CHECK(!error, "lstm_cell: CUDA error: ", error); }
 
+// Each device is asked for its attributes once: four calls to the driver would be a tenth of a small step.
 Device current_device(c10::Device device) {
-  Device result;
-  check_status(describe(device.index(), result));
+  constexpr int kKnown = 64;  // as many as c10 allows
+  static std::array<Device, kKnown> known;
+  static std::array<std::once_flag, kKnown> asked;
+  const int index = device.index();
+  TORCH_CHECK(index < kKnown, "lstm_cell: expected one of the first ", kKnown, " CUDA devices, got ",
+              device);
+  std::call_once(asked[index], [&] { check_status(describe(index, known[index])); });
+  Device result = known[index];
   result.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   return result;
 }
@@ -56,7 +68,8 @@ Path path_of(const Problem& problem, const Device& device) {
   const std::optional<Path> wanted = forced;
   const bool possible = wanted == Path::kFewRows ||
                         (wanted == Path::kTensorCores && has_tensor_cores<T>(problem.tf32, device)) ||
-                        (wanted == Path::kProducts && has_finish<T>);
+                        (wanted == Path::kWarpgroups && has_warpgroups<T>(device)) ||
+                        wanted == Path::kProducts;
   return possible ? *wanted : forward_path<T>(problem, device);
 }
 
@@ -73,6 +86,23 @@ struct Below {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
+// (B, 4H) = input @ weight_ih^T + hx @ weight_hh^T by torch's products, in float32 where the tensors are
+// half types; in gates, where these are wanted and wide enough.
+Tensor sums_of(const ForwardTensors& given, const Tensor& gates) {
+  const at::ScalarType dtype = given.input->scalar_type(), wide = at::toOpMathType(dtype);
+  Tensor sums = gates.defined() && dtype == wide
+                    ? gates
+                    : at::empty({given.B, 4 * given.H}, given.input->options().dtype(wide));
+  if (dtype == wide) {
+    at::mm_out(sums, *given.input, given.weight_ih->t());
+    sums.addmm_(*given.hx, given.weight_hh->t());
+  } else {
+    at::mm_out(sums, *given.input, given.weight_ih->t(), wide);
+    at::addmm_out(sums, sums, *given.hx, given.weight_hh->t(), wide);
+  }
+  return sums;
+}
+
 template <class T>
 void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor& gates,
                  const Device& device) {
@@ -81,13 +111,10 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
     case Path::kTensorCores:
       if constexpr (sizeof(T) <= sizeof(float)) check_status(forward_tensor_cores(p, device));
       return;
-    case Path::kProducts:
-      if constexpr (has_finish<T>) {
-        Tensor sums = gates.defined() ? gates : at::empty({p.B, 4 * p.H}, given.input->options());
-        at::mm_out(sums, *given.input, given.weight_ih->t());
-        sums.addmm_(*given.hx, given.weight_hh->t());
-        check_status(finish(p, in<T>(sums), device));
-      }
+    case Path::kWarpgroups:
+      if constexpr (sizeof(T) == 2) check_status(forward_warpgroups(p, device));
+      return;
+    case Path::kProducts: return check_status(finish(p, in<Accumulate<T>>(sums_of(given, gates)), device));
   }
 }
 
@@ -167,7 +194,8 @@ void set_path(const std::string& name) {
   if (name.empty()) return forced.store(std::nullopt);
   for (const auto& [known, path] : kPaths)
     if (name == known) return forced.store(path);
-  TORCH_CHECK_VALUE(false, "expected few_rows, tensor_cores, products or nothing, got '", name, "'");
+  TORCH_CHECK_VALUE(false, "expected few_rows, tensor_cores, warpgroups, products or nothing, got '", name,
+                    "'");
 }
 
 std::string path(at::ScalarType dtype, int64_t B, int64_t I, int64_t H, bool tf32) {

@@ -7,7 +7,8 @@
 namespace lstmfused {
 namespace cuda {
 
-// few_rows, tensor_cores or products, where these can serve; an empty name lets each problem choose.
+// few_rows, tensor_cores, warpgroups or products, where these can serve; an empty name lets each problem
+// choose.
 void set_path(const std::string& name);
 // What is chosen on the current device.
 std::string path(at::ScalarType dtype, int64_t B, int64_t I, int64_t H, bool tf32);
