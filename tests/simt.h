@@ -14,7 +14,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -97,54 +96,12 @@ struct Product {
   int64_t group;
 };
 
-// Copies boxes of half types, in the 128-byte swizzle.
-struct TensorMap {
-  const uint16_t* from;
-  std::array<int64_t, 3> sizes;
-  std::array<int64_t, 2> strides;
-  std::array<int, 3> box;
-
-  int copy(unsigned char* to, int k, int row, int depth) const {
-    int bytes = 0;
-    for (int d = depth; d < depth + box[2]; d++)
-      for (int r = row; r < row + box[1]; r++)
-        for (int i = k; i < k + box[0]; i++, bytes += 2) {
-          const bool inside = i < sizes[0] && r < sizes[1] && d < sizes[2];
-          const uint16_t element = inside ? from[d * strides[1] + r * strides[0] + i] : 0;
-          memcpy(to + (bytes ^ (bytes >> 7 & 7) << 4), &element, 2);
-        }
-    return bytes;
-  }
-};
-
-struct MemoryBarrier {
-  int arrivals, missing;  // of a phase, of this phase
-  int64_t bytes;          // that this phase has to wait for
-  int64_t phase;
-  std::vector<std::function<int()>> copies;  // under way
-
-  void arrive() {
-    missing--;
-    end_phase();
-  }
-  void land() {
-    for (const auto& copy : copies) bytes -= copy();
-    copies.clear();
-    end_phase();
-  }
-  void end_phase() {
-    if (missing > 0 || bytes > 0) return;
-    missing = arrivals;
-    phase++;
-  }
-};
-inline std::map<const uint64_t*, MemoryBarrier> barriers;
-
 struct Fiber {
   dim3 index;
   unsigned warp, lane;
   std::vector<Copy> copies;                       // under way
   int64_t group;                                  // the open one
+  std::vector<const unsigned char*> unpublished;  // copies that have come, but that wgmma may not see
   std::vector<Product> products;                  // under way
   int64_t product_group;                          // the open one
   unsigned char* stack;
@@ -354,7 +311,6 @@ inline void describe_deadlock() {
 }
 
 inline void run_block() {
-  barriers.clear();
   memset(shared, 0xff, shared_size);
   const unsigned count = (threads + kLanes - 1) / kLanes;
   warps.assign(count, Warp{});
@@ -364,6 +320,7 @@ inline void run_block() {
     fiber.warp = i / kLanes;
     fiber.lane = i % kLanes;
     fiber.copies.clear();
+    fiber.unpublished.clear();
     fiber.products.clear();
     fiber.group = fiber.product_group = 0;
     warps[fiber.warp].ready |= 1u << fiber.lane;
@@ -513,6 +470,7 @@ LSTMFUSED_DEVICE void copy_async(void* shared, const void* global, bool wanted) 
   if (wanted) memcpy(&bits, global, sizeof bits);
   if (simt::land_at_random ? simt::random(2) : simt::land_at_once) {
     memcpy(shared, &bits, sizeof bits);
+    simt::current->unpublished.push_back(static_cast<const unsigned char*>(shared));
   } else {
     simt::current->copies.push_back({shared, bits, simt::current->group});
   }
@@ -524,6 +482,7 @@ LSTMFUSED_DEVICE void wait_copies() {
   auto copy = copies.begin();
   for (; copy != copies.end() && copy->group < simt::current->group - N; ++copy) {
     memcpy(copy->to, &copy->bits, sizeof copy->bits);
+    simt::current->unpublished.push_back(static_cast<const unsigned char*>(copy->to));
   }
   copies.erase(copies.begin(), copy);
 }
@@ -625,6 +584,39 @@ LSTMFUSED_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const u
   simt::together<simt::Multiply, simt::multiply<T>>(operands);
 }
 
+LSTMFUSED_DEVICE void publish_copies() { simt::current->unpublished.clear(); }
+LSTMFUSED_DEVICE void begin_products() {}
+LSTMFUSED_DEVICE void commit_products() { simt::current->product_group++; }
+template <int N>
+LSTMFUSED_DEVICE void wait_products() {
+  auto& products = simt::current->products;
+  auto product = products.begin();
+  for (; product != products.end() && product->group < simt::current->product_group - N; ++product)
+    product->execute();
+  products.erase(products.begin(), product);
+}
+
+template <class T, size_t N>
+LSTMFUSED_DEVICE void multiply_group(float (&sums)[N], const void* a, const void* b, T) {
+  if (!simt::in_shared(a) || !simt::in_shared(b)) simt::fail("multiply_group() beside the shared memory");
+  const auto left = static_cast<const unsigned char*>(a), right = static_cast<const unsigned char*>(b);
+  const auto reads = [&](const unsigned char* copy) {
+    return (copy >= left && copy < left + 64 * 128) || (copy >= right && copy < right + N * 2 * 128);
+  };
+  for (unsigned i = 0; i < simt::threads; i++)
+    for (const unsigned char* copy : simt::fibers[i]->unpublished)
+      if (reads(copy)) simt::fail("multiply_group() of what was copied, but not published");
+  float* const to = sums;
+  const auto execute = [=] { simt::multiply_group<T, 2 * int(N)>(to, left, right); };
+  // At once, where nothing is under way that comes before it: the order of sums is that of the
+  // instructions.
+  const bool at_once = simt::land_at_random ? simt::random(2) : simt::land_at_once;
+  if (at_once && simt::current->products.empty())
+    execute();
+  else
+    simt::current->products.push_back({execute, simt::current->product_group});
+}
+
 LSTMFUSED_DEVICE uint32_t to_tf32(uint32_t bits) {
   const bool number = (bits & 0x7f800000) != 0x7f800000;
   return (number ? bits + 0x1000 : bits) & ~0x1fffu;
@@ -636,72 +628,6 @@ LSTMFUSED_DEVICE A shuffle_xor(A x, int mask) {
   simt::Shuffle<A> operands{x, x, mask};
   simt::together<simt::Shuffle<A>, simt::shuffle_xor<A>>(operands);
   return operands.result;
-}
-
-#define LSTMFUSED_GRID_CONSTANT
-using TensorMap = simt::TensorMap;
-
-static inline const char* make_map(TensorMap& map, const void* from, std::array<int64_t, 3> sizes,
-                                   std::array<int64_t, 2> strides, std::array<int, 3> box) {
-  map = {static_cast<const uint16_t*>(from), sizes, strides, box};
-  const bool aligned = simt::aligned(from) && strides[0] % 8 == 0 && strides[1] % 8 == 0;
-  const bool whole = sizes[0] > 0 && sizes[1] > 0 && strides[0] >= sizes[0] && box[0] == 64 && box[1] <= 256;
-  return aligned && whole ? nullptr : "no tensor map of these sizes";
-}
-
-LSTMFUSED_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
-  simt::barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
-}
-LSTMFUSED_DEVICE void publish_barriers() {}
-LSTMFUSED_DEVICE void arrive(uint64_t* barrier) { simt::barriers.at(barrier).arrive(); }
-LSTMFUSED_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
-  simt::barriers.at(barrier).bytes += bytes;
-  simt::barriers.at(barrier).arrive();
-}
-LSTMFUSED_DEVICE void wait_barrier(uint64_t* barrier, int parity) {
-  simt::MemoryBarrier& waited = simt::barriers.at(barrier);
-  while ((waited.phase & 1) == parity) {
-    waited.land();  // no sooner than someone has to have it
-    if ((waited.phase & 1) == parity) {
-      simt::steps = 0;  // it is another warp that has to come
-      simt::wait();
-    }
-  }
-}
-LSTMFUSED_DEVICE void copy_box(void* shared, const TensorMap& map, int k, int row, int depth,
-                               uint64_t* barrier) {
-  if (reinterpret_cast<uintptr_t>(shared) % 1024)
-    simt::fail("copy_box() to an address that is not a multiple of 1024");
-  simt::MemoryBarrier& told = simt::barriers.at(barrier);
-  told.copies.push_back([=, &map] { return map.copy(static_cast<unsigned char*>(shared), k, row, depth); });
-  if (simt::land_at_random ? simt::random(2) : simt::land_at_once) told.land();
-}
-
-LSTMFUSED_DEVICE void begin_products() {}
-LSTMFUSED_DEVICE void commit_products() { simt::current->product_group++; }
-template <int N>
-LSTMFUSED_DEVICE void wait_products() {
-  auto& products = simt::current->products;
-  auto product = products.begin();
-  for (; product != products.end() && product->group < simt::current->product_group - N; ++product)
-    product->execute();
-  products.erase(products.begin(), product);
-  shuffle_xor(0.0f, 0);  // of all lanes together
-}
-
-template <class T, size_t N>
-LSTMFUSED_DEVICE void multiply_group(float (&sums)[N], const void* a, const void* b, T) {
-  if (!simt::in_shared(a) || !simt::in_shared(b)) simt::fail("multiply_group() beside the shared memory");
-  const auto left = static_cast<const unsigned char*>(a), right = static_cast<const unsigned char*>(b);
-  float* const to = sums;
-  const auto execute = [=] { simt::multiply_group<T, 2 * int(N)>(to, left, right); };
-  // At once, where nothing is under way that comes before it: the order of sums is that of the
-  // instructions.
-  const bool at_once = simt::land_at_random ? simt::random(2) : simt::land_at_once;
-  if (at_once && simt::current->products.empty())
-    execute();
-  else
-    simt::current->products.push_back({execute, simt::current->product_group});
 }
 
 template <auto kernel>

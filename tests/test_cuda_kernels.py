@@ -25,7 +25,7 @@ FLAGS = [
 ]
 SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 STATEMENT = re.compile(
-    r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|\bwait_barrier\([^;]*\);"
+    r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
 )
 LIMIT = 120  # seconds, of a run that takes two: without a barrier, a kernel may never end
 
@@ -80,7 +80,7 @@ def test_statements_are_found() -> None:
         for name, number in STATEMENTS.values()
     ]
     assert any("__syncthreads" in line for line in found)
-    for word in ("wait_copies", "wait_products", "wait_barrier"):
+    for word in ("wait_copies", "wait_products", "publish_copies"):
         assert any(word in line for line in found)
 
 

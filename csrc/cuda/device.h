@@ -7,12 +7,10 @@
 #ifdef LSTMFUSED_SIMT
 #include LSTMFUSED_SIMT
 #else
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <array>
 #include <atomic>
 
 #include "../lstm.h"
@@ -117,60 +115,12 @@ LSTMFUSED_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const u
 #undef LSTMFUSED_MMA
 
 // ---------------------------------------------------------------------------------------------------
-// Matrices of a warpgroup (four warps) and copies of whole boxes, on Hopper alone
-
-using TensorMap = CUtensorMap;
-#define LSTMFUSED_GRID_CONSTANT __grid_constant__
+// Matrices, of a warpgroup: four warps, on Hopper alone
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-LSTMFUSED_DEVICE uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-// A barrier in shared memory (mbarrier). A phase of it ends when `arrivals` have come and all bytes that were
-// expected; phases are told apart by their parity, the first one is 0.
-LSTMFUSED_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
-}
-// What this thread has initialised is seen by the copies of all, behind a barrier of the block.
-LSTMFUSED_DEVICE void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-LSTMFUSED_DEVICE void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Arrives, and lets the phase wait for so many bytes of copies.
-LSTMFUSED_DEVICE void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-// Until the phase of this parity has ended.
-LSTMFUSED_DEVICE void wait_barrier(uint64_t* barrier, int parity) {
-  uint32_t ended;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, ended;\n"
-        "}\n"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!ended);
-}
-// The box of a map from (depth, row, k) on, in the 128-byte swizzle; beyond the tensor, zeros.
-LSTMFUSED_DEVICE void copy_box(void* shared, const TensorMap& map, int k, int row, int depth,
-                               uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-      "%4}], [%5];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(k), "r"(row), "r"(depth), "r"(shared_address(barrier))
-      : "memory");
-}
+// What this thread copied to shared memory is seen by the matrix instructions of all, once they know that
+// it has come.
+LSTMFUSED_DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Products read shared memory and add to registers until they are waited for.
 LSTMFUSED_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -185,7 +135,7 @@ LSTMFUSED_DEVICE void wait_products() {
 // rows.
 LSTMFUSED_DEVICE uint64_t descriptor(const void* shared) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32;
-  const uint64_t address = shared_address(shared);
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
 }
 
@@ -241,32 +191,7 @@ LSTMFUSED_DEVICE A shuffle_xor(A x, int mask) {
 // ---------------------------------------------------------------------------------------------------
 // Launch
 
-// All return null, or what went wrong.
-
-// Of a tensor of half types, (sizes[2], sizes[1], sizes[0]), whose strides[0] is that of sizes[1], and so on,
-// in elements; cut into boxes whose rows are 128 bytes. The driver makes it, and is asked for by name: so
-// nothing of it is linked.
-static const char* make_map(TensorMap& map, const void* from, std::array<int64_t, 3> sizes,
-                            std::array<int64_t, 2> strides, std::array<int, 3> box) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                                cudaEnableDefault, &result);
-    const bool is = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return is ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
-  }();
-  if (!encode) return "the driver has no cuTensorMapEncodeTiled";
-  const cuuint64_t all[] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])};
-  const cuuint64_t bytes[] = {cuuint64_t(strides[0]) * 2, cuuint64_t(strides[1]) * 2};
-  const cuuint32_t part[] = {cuuint32_t(box[0]), cuuint32_t(box[1]), cuuint32_t(box[2])},
-                   each[] = {1, 1, 1};
-  const CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(from), all, bytes, part, each,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? nullptr : "no tensor map of these sizes";
-}
+// Both return null, or what went wrong.
 
 // More shared memory than every processor has needs a word beforehand: once for each kernel and device.
 template <auto kernel>
