@@ -140,6 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_architectures") = LSTMFUSED_CUDA;
   m.def("set_cuda_path", &lstmfused::cuda::set_path);
   m.def("cuda_path", &lstmfused::cuda::path);
+  m.def("cuda_paths_on", &lstmfused::cuda::paths_on);
 #else
   m.attr("cuda_architectures") = "";
 #endif

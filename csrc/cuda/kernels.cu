@@ -25,13 +25,18 @@ bool has_warpgroups(const Device& device) {
 }
 
 template <class T>
-Path forward_path(const Problem& problem, const Device& device) {
-  return choose_forward<T>(problem, {has_tensor_cores<T>(problem.tf32, device), has_warpgroups<T>(device)});
+static Abilities abilities(const Problem& problem, const Device& device) {
+  return {has_tensor_cores<T>(problem.tf32, device), has_warpgroups<T>(device)};
 }
 
 template <class T>
-Path backward_path(const Problem& problem, const Device&) {
-  return choose_backward<T>(problem);
+Path forward_path(const Problem& problem, const Device& device) {
+  return choose_forward<T>(problem, abilities<T>(problem, device));
+}
+
+template <class T>
+Path backward_path(const Problem& problem, const Device& device) {
+  return choose_backward<T>(problem, abilities<T>(problem, device));
 }
 
 #ifndef LSTMFUSED_SIMT  // there are no devices then

@@ -198,14 +198,28 @@ void set_path(const std::string& name) {
                     "'");
 }
 
+static std::string name_of(Path path) {
+  for (const auto& [name, known] : kPaths)
+    if (path == known) return name;
+  return "";
+}
+
 std::string path(at::ScalarType dtype, int64_t B, int64_t I, int64_t H, bool tf32) {
   const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
   const Device device = current_device(guard.getDevice());
-  const Path chosen =
-      with_type(dtype, [&](auto zero) { return path_of<decltype(zero)>({B, I, H, tf32}, device); });
-  for (const auto& [name, path] : kPaths)
-    if (path == chosen) return name;
-  return "";
+  return name_of(
+      with_type(dtype, [&](auto zero) { return path_of<decltype(zero)>({B, I, H, tf32}, device); }));
+}
+
+std::pair<std::string, std::string> paths_on(int capability, int multiprocessors, int shared_memory,
+                                             at::ScalarType dtype, int64_t B, int64_t I, int64_t H,
+                                             bool tf32) {
+  const Device device{capability, multiprocessors, shared_memory, nullptr, 0};
+  const Problem problem{B, I, H, tf32};
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return std::pair{name_of(forward_path<T>(problem, device)), name_of(backward_path<T>(problem, device))};
+  });
 }
 
 }  // namespace cuda
