@@ -30,6 +30,7 @@ lint: $(VENV)/built
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
 	$(REPORT) --check
+	$(PY) -m benchmarks.gpu.page --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
@@ -40,6 +41,7 @@ format: $(VENV)/built
 readme: $(VENV)/built
 	$(REPORT) --readme README.md --plot benchmarks/results/speedup.png
 	$(PY) -m benchmarks.abilities --readme README.md
+	$(PY) -m benchmarks.gpu.page
 
 clean:
 	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py

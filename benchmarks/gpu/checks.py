@@ -180,7 +180,14 @@ def tests(clock: Clock, logs: Path, *given: str) -> Json:
     report, log = logs / "tests.xml", logs / "tests.log"
     report.unlink(missing_ok=True)
     # Else a warning on import, which pyproject.toml makes an error, would end all tests.
-    options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", "-Wdefault")
+    options: tuple[str, ...] = (
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        "-Wdefault",
+    )
     if not given and find_spec("xdist"):
         options += ("-n", WORKERS)
     found = run(python("-m", "pytest", *files, *options), log, max(1, clock.left() - 10))
