@@ -48,7 +48,7 @@ struct Forward {
   T* c;                  // (B, H)
   T* gates;              // (B, 4H) activated gates, or null when no gradient is wanted
   bool batch_invariant;  // a row's result depends on nothing but the row
-  bool wide_cell;
+  bool wide_cell = false;
 };
 
 // A step from packed weights of type W, float, bfloat16 or int8_t; everything else is float. Units come in
@@ -102,7 +102,7 @@ struct Backward {
   // (4H): the same numbers, each for its bias
   T* grad_bias_ih;
   T* grad_bias_hh;
-  bool wide_cell;
+  bool wide_cell = false;
 };
 
 // The batch is worked on in stretches, so that their gate gradients stay in a cache; but in long ones,

@@ -111,8 +111,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
         cast = [_rounded(t, torch.float32 if i == 2 else dtype) for i, t in enumerate(given)]
         if cast[1] is None and cast[2] is None:  # a state of zeros
             x, weight_hh = _one(cast[0], in_dims[0]), _one(cast[4], in_dims[4])
-            cast[1] = x.new_zeros(*x.shape[:-1], weight_hh.shape[-1])
-            cast[2] = cast[1].float() if x.dtype == dtype else cast[1]
+            h = x.new_zeros(*x.shape[:-1], weight_hh.shape[-1])
+            cast[1:3] = h, h.float() if x.dtype == dtype else h
         with torch.autocast(device, enabled=False):
             return _vmap(info, in_dims, *cast)
 

@@ -76,7 +76,8 @@ def test_gradients(dtype: torch.dtype, use: str) -> None:
     for shape in SHAPES:
         arguments = wide_arguments(*shape, dtype).trainable()
         wide = arguments.double().trainable()
-        found, expected = [], []
+        found: list[Tensor] = []
+        expected: list[Tensor] = []
         for function, given, into in ((cell, arguments, found), (oracle, wide, expected)):
             outputs = [t for n, t in zip("hc", function(given), strict=True) if n in use]
             grads = [random_like(t.float(), i).to(dtype).to(t.dtype) for i, t in enumerate(outputs)]
@@ -84,6 +85,7 @@ def test_gradients(dtype: torch.dtype, use: str) -> None:
         for name, t, actual, want in zip(
             Arguments._fields, arguments, found, expected, strict=True
         ):
+            assert t is not None
             assert actual.dtype == t.dtype, name
             rows = shape[0] if name.startswith(("weight", "bias")) else 1
             if name == "c":  # itself not rounded, but made from rounded gates
@@ -95,13 +97,13 @@ def test_gradients(dtype: torch.dtype, use: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_sums_of_many_steps_are_kept(dtype: torch.dtype) -> None:
     """Open gates: c counts, and its gradient runs through all steps unrounded."""
-    weights = [torch.zeros(4, 1, dtype=dtype)] * 2
+    weight = torch.zeros(4, 1, dtype=dtype)
     bias = torch.full((4,), 20.0, dtype=dtype)
     start = torch.zeros(1, 1, requires_grad=True)
     h, c = torch.zeros(1, 1, dtype=dtype), start
     for _ in range(1000):
         h, c = lstmfused.functional.lstm_cell(
-            torch.ones(1, 1, dtype=dtype), (h, c), *weights, bias, None
+            torch.ones(1, 1, dtype=dtype), (h, c), weight, weight, bias, None
         )
     assert c.item() == 1000
     c.backward()
@@ -137,12 +139,13 @@ def test_derivatives_that_are_composed(dtype: torch.dtype) -> None:
 
     def loss(function: Any, *given: Tensor) -> Tensor:
         h, c = function(Arguments(*given))
-        return h.square().sum(dtype=torch.float64) + c.square().sum(dtype=torch.float64)
+        total: Tensor = h.double().square().sum() + c.double().square().sum()
+        return total
 
     def twice(function: Any, given: Arguments) -> list[Tensor]:
         present = given.trainable().present()
         first = torch.autograd.grad(loss(function, *present), present, create_graph=True)
-        total = sum(g.square().sum(dtype=torch.float64) for g in first)
+        total = torch.stack([g.double().square().sum() for g in first]).sum()
         return [*first, *torch.autograd.grad(total, present)]
 
     def forward_mode(function: Any, given: Arguments, tangents: list[Tensor]) -> Any:
@@ -196,7 +199,8 @@ def test_compiled() -> None:
     def loss_of(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             h, c = module(x, module(x))
-        return h.float().sum() + c.sum()
+        total: Tensor = h.float().sum() + c.sum()
+        return total
 
     torch.testing.assert_close(
         torch.compile(loss_of, fullgraph=True, backend="aot_eager")(x), loss_of(x)

@@ -62,7 +62,7 @@ def test_trained_after_make_fx(mode: Any, pre_dispatch: bool) -> None:
             function(fresh, inputs).square().sum(), [inputs, *fresh.values()], create_graph=True
         )
         second = torch.autograd.grad(
-            sum(g.square().sum() for g in first), [inputs, *fresh.values()]
+            torch.stack([g.square().sum() for g in first]).sum(), [inputs, *fresh.values()]
         )
         results.append([*first, *second])
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
@@ -110,7 +110,9 @@ def test_inner_operators_pass_gradcheck(use: str) -> None:
     assert torch.autograd.gradcheck(step, arguments.present())
     assert torch.autograd.gradgradcheck(step, arguments.present())
     gates = ops.lstm_cell_forward(*arguments)[2].detach().requires_grad_()
-    grads = [random_like(h).requires_grad_() if name in use else None for name in "hc"]
+    grads = [
+        torch.randn_like(gates[:, :5]).requires_grad_() if name in use else None for name in "hc"
+    ]
     given = [*grads, gates, x, h, c, w_ih, w_hh]
 
     def backward(op: Any, *present: Tensor) -> Any:
@@ -157,7 +159,7 @@ def test_batched_gradients(inputs: tuple[str, ...], retain_graph: bool, create_g
         )  # fmt: skip
         if create_graph:
             found += torch.autograd.grad(
-                sum(g.square().sum() for g in found), wanted, retain_graph=True
+                torch.stack([g.square().sum() for g in found]).sum(), wanted, retain_graph=True
             )
         if retain_graph or create_graph:  # the graph is as it was
             found += torch.autograd.grad(outputs, wanted, [g[0] for g in grads])
@@ -186,11 +188,13 @@ def test_gradients_of_one_output_batched(use: str) -> None:
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_jacobian_and_hessian(vectorize: bool) -> None:
     start = random_arguments(*SHAPE)
-    for function in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
-        output = (lambda t: t) if function is torch.autograd.functional.jacobian else torch.sum
+    functional: Any = torch.autograd.functional  # torch leaves it untyped
+    for function in (functional.jacobian, functional.hessian):
+        output: Any = torch.sum if function is functional.hessian else torch.clone
 
         def of(step: Any, *a: Tensor) -> Tensor:
-            return output(step(Arguments(*a))[0])  # noqa: B023
+            found: Tensor = output(step(Arguments(*a))[0])  # noqa: B023
+            return found
 
         found = function(lambda *a: of(cell, *a), tuple(start), vectorize=vectorize)
         wide = tuple(start.double())

@@ -302,7 +302,7 @@ class Halved(nn.Module):
     """As Pyro's PyroModule: a parameter is replaced where it is read."""
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         return value * 0.5 if name.startswith("weight") else value
 
 
@@ -319,7 +319,7 @@ def put_in_instance(module: nn.LSTMCell) -> None:
 def put_in_place(module: nn.LSTMCell) -> None:
     weight = module.weight_hh.detach()
     del module.weight_hh
-    module.weight_hh = weight * 0.5  # type: ignore[assignment]
+    module.weight_hh = weight * 0.5
 
 
 def put_in_buffers(module: nn.LSTMCell) -> None:

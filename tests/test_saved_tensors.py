@@ -141,7 +141,7 @@ def test_gradient_taken_in_a_post_hook(kind: type[nn.LSTMCell]) -> None:
             inside.append(expected)
             inside[0] = torch.autograd.grad(h, x, torch.ones_like(h), retain_graph=True)[0]
 
-    h.grad_fn.register_hook(hook)  # type: ignore[union-attr]
+    h.grad_fn.register_hook(hook)
     h.sum().backward()
     torch.testing.assert_close(inside[0], expected)
     torch.testing.assert_close(x.grad, expected)
@@ -165,10 +165,11 @@ def test_operator_that_uses_up_the_gates_says_so() -> None:
     arguments = random_arguments(*SHAPE).trainable()
     h, c, gates = ops.lstm_cell_forward(*arguments)
     x, hx, cx, weight_ih, weight_hh, *_ = arguments.map(torch.detach)
+    assert cx is not None
     used = gates.detach()
     before = used._version
     ops.lstm_cell_backward_(
-        torch.ones_like(hx), None, used, x, hx, cx, weight_ih, weight_hh, [True] * 7
+        torch.ones_like(cx), None, used, x, hx, cx, weight_ih, weight_hh, [True] * 7
     )
     assert used._version == before + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
