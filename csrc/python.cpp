@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
 
+#include "checks.h"
 #include "cpu/variant.h"
 #include "ops.h"
 #ifdef LSTMFUSED_CUDA
@@ -131,6 +132,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (PyModule_AddFunctions(m.ptr(), lstmfused::methods)) throw pybind11::error_already_set();
   m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("has_kernel", &lstmfused::has_kernel);
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
   m.def("batch_invariant", &lstmfused::batch_invariant);

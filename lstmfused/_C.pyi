@@ -57,6 +57,7 @@ def check_lstm_cell(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> None: ...
+def has_kernel(input: dtype, cx: dtype) -> bool: ...
 def lstm_cell_composed(
     input: Tensor,
     hx: Tensor,

@@ -72,7 +72,7 @@ class FrozenLSTMCell(nn.Module):
             )
         scale = None
         if weight_dtype == torch.int8:
-            largest = weight.abs().amax(1, keepdim=True)
+            largest = pad(weight.abs(), (1, 0)).amax(1, keepdim=True)  # also where I + H is 0
             if not largest.isfinite().all():
                 raise ValueError("weights that are not finite cannot be frozen to int8")
             scale = largest / 127

@@ -53,10 +53,14 @@ def lstm_cell(
         bias_hh: (4H) or ``None``.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16; the half types are summed in
-    float32) and one device. They may be non-contiguous.
+    float32) and one device. They may be non-contiguous. Beside a half type ``c`` may be float32: it
+    is then neither rounded nor are its gradients, so that it can count further than a half type.
+    Autocast keeps it so: it casts ``c`` to float32 and everything else to its own dtype. Other
+    dtypes that :class:`torch.nn.LSTMCell` takes (complex ones, ``c`` of another dtype) are left to
+    torch's cell.
 
     Returns:
-        The new state ``(h, c)``, each (B, H) or (H), in the dtype of ``input``.
+        The new state ``(h, c)``, each (B, H) or (H), in the dtypes of ``input`` and ``c``.
 
     Raises:
         ValueError: ``input``, ``h`` or ``c`` is neither 1D nor 2D.

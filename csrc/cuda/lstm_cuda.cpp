@@ -157,24 +157,27 @@ void product(Tensor result, const Tensor& left, const Tensor& right) {
 }
 
 Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
-                   const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                   const Tensor& weight_hh, std::array<bool, 7> output_mask) {
+                   const OptionalTensor& input, const OptionalTensor& hx, const Tensor& cx,
+                   const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                   std::array<bool, 7> output_mask) {
   const Below below;
-  const c10::DeviceGuard on_device(input.device());
+  const c10::DeviceGuard on_device(gates.device());
   const BackwardTensors given =
-      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
-  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
+      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
+  const auto empty = [&](at::IntArrayRef shape, at::ScalarType dtype) {
+    return at::empty(shape, gates.options().dtype(dtype));
+  };
   const Gradients gradients = given.gradients(output_mask, empty);
   if (!cx.numel()) return gradients;
 
-  const Device device = current_device(input.device());
+  const Device device = current_device(gates.device());
   const Problem problem{given.B, given.I, given.H, allow_tf32()};
-  const Tensor grad_gates = empty({given.B, 4 * given.H});
-  with_type(input.scalar_type(), [&](auto zero) {
+  const Tensor grad_gates = empty({given.B, 4 * given.H}, gates.scalar_type());
+  with_type(gates.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Backward<T, T> p = given.with<T, T>(grad_gates, gradients);
     const Tensor partial = at::empty({bias_pieces<T>(problem, device), 4 * given.H},
-                                     input.options().dtype(at::toOpMathType(input.scalar_type())));
+                                     gates.options().dtype(at::toOpMathType(gates.scalar_type())));
     check_status(gate_gradients(p, out<Accumulate<T>>(partial), device));
     if (backward_path_of<T>(problem, device) == Path::kFewRows) {
       check_status(backward_few_rows(p, device));
