@@ -44,13 +44,6 @@ inline void set_zero(const Tensor& tensor) {
     tensor.zero_();
 }
 
-// CUDA's kernels have no wide cell state yet.
-inline void check_wide_cell(const Tensor& given, const Tensor& cx) {
-  TORCH_CHECK_NOT_IMPLEMENTED(given.is_cpu() || given.scalar_type() == cx.scalar_type(),
-                              "lstm_cell: no kernels for a cell state in ", cx.scalar_type(), " beside ",
-                              given.scalar_type(), " on ", given.device());
-}
-
 struct ForwardTensors {
   int64_t B, I, H;
   MaybeOwned input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
@@ -82,7 +75,6 @@ inline ForwardTensors forward_tensors(const Tensor& input, const Tensor& hx, con
                                       const Tensor& weight_ih, const Tensor& weight_hh,
                                       const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  check_wide_cell(input, cx);
   return {input.size(0),
           input.size(1),
           hx.size(1),
@@ -155,7 +147,6 @@ inline BackwardTensors backward_tensors(const OptionalTensor& grad_h, const Opti
                                         const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
                                         const std::array<bool, 7>& wanted) {
   check_backward(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, wanted);
-  check_wide_cell(gates, cx);
   const OptionalTensor& wide = input ? input : weight_ih;
   return {cx.size(0),   wide ? wide->size(1) : 0, cx.size(1),           rows(grad_h),
           rows(grad_c), contiguous(gates),        rows(input),          rows(hx),

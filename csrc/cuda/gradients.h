@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kGradientUnits / N * kGradientRows)
 #pragma unroll
     for (int gate = 0; gate < 4; gate++)
       load_elements<N>(gates[gate], p.gates + (row * 4 + gate) * p.H + unit, vectors, count);
-    load_elements<N>(cx, p.cx + row * p.cx_stride + unit, vectors, count);
+    load_cell(cx, p.cx, row * p.cx_stride + unit, p.wide_cell, vectors, count);
     if (p.grad_h) load_elements<N>(grad_h, p.grad_h + row * p.grad_h_stride + unit, vectors, count);
-    if (p.grad_c) load_elements<N>(grad_c, p.grad_c + row * p.grad_c_stride + unit, vectors, count);
+    if (p.grad_c) load_cell(grad_c, p.grad_c, row * p.grad_c_stride + unit, p.wide_cell, vectors, count);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const Gates<A> grad = step_backward<Math>(
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kGradientUnits / N * kGradientRows)
       sums[2][i] += gates[2][i] = grad.g;
       sums[3][i] += gates[3][i] = grad.o;
     }
-    if (p.grad_cx) store_elements(p.grad_cx + row * p.H + unit, grad_c, vectors, count);
+    if (p.grad_cx) store_cell(p.grad_cx, row * p.H + unit, grad_c, p.wide_cell, vectors, count);
 #pragma unroll
     for (int gate = 0; gate < 4; gate++)
       store_elements(p.grad_gates + row * p.grad_gates_stride + gate * p.H + unit, gates[gate], vectors,
@@ -95,12 +95,10 @@ const char* gate_gradients(const Backward<T, T>& p, Accumulate<T>* partial, cons
   pieces = ceil_div(p.B, rows);
   const bool bias = p.grad_bias_ih || p.grad_bias_hh, split = bias && pieces > 1;
   constexpr int N = 16 / sizeof(Accumulate<T>);
-  const auto aligned = [](const T* from, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(from) % (N * sizeof(T)) == 0 && stride % N == 0;
-  };
-  const bool vectors = p.H % N == 0 && aligned(p.gates, 0) && aligned(p.cx, p.cx_stride) &&
-                       aligned(p.grad_h, p.grad_h_stride) && aligned(p.grad_c, p.grad_c_stride) &&
-                       aligned(p.grad_cx, 0) && aligned(p.grad_gates, p.grad_gates_stride);
+  const bool vectors =
+      p.H % N == 0 && aligned<N>(p.gates) && aligned<N>(p.grad_gates, p.grad_gates_stride) &&
+      aligned<N>(p.grad_h, p.grad_h_stride) && aligned_cell<N>(p.cx, p.cx_stride, p.wide_cell) &&
+      aligned_cell<N>(p.grad_c, p.grad_c_stride, p.wide_cell) && aligned_cell<N>(p.grad_cx, 0, p.wide_cell);
   const dim3 grid(unsigned(ceil_div(p.H, kGradientUnits)), unsigned(pieces));
   const dim3 block(kGradientUnits / N, kGradientRows);
   const size_t shared = sizeof(Accumulate<T>) * kGradientRows * 4 * kGradientUnits;

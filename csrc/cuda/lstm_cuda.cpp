@@ -122,7 +122,8 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
 State compute(const ForwardTensors& given, const Tensor& gates) {
   TORCH_CHECK_NOT_IMPLEMENTED(!batch_invariant(), "lstm_cell: no batch-invariant kernels for CUDA yet");
   const at::TensorOptions options = given.input->options();
-  const Tensor h = at::empty({given.B, given.H}, options), c = at::empty({given.B, given.H}, options);
+  const Tensor h = at::empty({given.B, given.H}, options),
+               c = at::empty({given.B, given.H}, given.cx->options());
   if (h.numel())
     with_type(given.input->scalar_type(), [&](auto zero) {
       using T = decltype(zero);

@@ -97,6 +97,32 @@ LSTMFUSED_DEVICE void store_elements(T* to, const A (&from)[N], bool vectors, in
   }
 }
 
+// Of a cell state or its gradient, which is of type A where it is wide.
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void load_cell(A (&to)[N], const T* from, int64_t at, bool wide, bool vectors,
+                                int64_t count) {
+  if (sizeof(T) < sizeof(A) && wide)
+    return load_elements(to, reinterpret_cast<const A*>(from) + at, vectors, count);
+  load_elements(to, from + at, vectors, count);
+}
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void store_cell(T* to, int64_t at, const A (&from)[N], bool wide, bool vectors,
+                                 int64_t count) {
+  if (sizeof(T) < sizeof(A) && wide)
+    return store_elements(reinterpret_cast<A*>(to) + at, from, vectors, count);
+  store_elements(to + at, from, vectors, count);
+}
+
+// Whether N elements may be loaded from rows that begin there.
+template <int N, class T>
+static bool aligned(const T* from, int64_t stride = 0) {
+  return reinterpret_cast<uintptr_t>(from) % (N * sizeof(T)) == 0 && stride % N == 0;
+}
+template <int N, class T, class A = Accumulate<T>>
+static bool aligned_cell(const T* from, int64_t stride, bool wide) {
+  return wide ? aligned<N>(reinterpret_cast<const A*>(from), stride) : aligned<N>(from, stride);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // The end of a step, for N neighbouring units of one row. What it reads is loaded by functions of their
 // own, so that a kernel can ask for it long before it has the sums of the products.
@@ -117,7 +143,7 @@ LSTMFUSED_DEVICE void load_bias(A (&bias)[4][N], const Forward<T>& p, int64_t un
 
 template <int N, class T, class A = Accumulate<T>>
 LSTMFUSED_DEVICE void load_cx(A (&cx)[N], const Forward<T>& p, int64_t row, int64_t unit, bool vectors) {
-  load_elements<N>(cx, p.cx + row * p.cx_stride + unit, vectors, p.H - unit);
+  load_cell(cx, p.cx, row * p.cx_stride + unit, p.wide_cell, vectors, p.H - unit);
 }
 
 // Stores c', h' and the gates.
@@ -138,7 +164,7 @@ LSTMFUSED_DEVICE void finish_states(const Forward<T>& p, int64_t row, int64_t un
     gates[3][i] = gate.o;
   }
   const int64_t at = row * p.H + unit, count = p.H - unit;
-  store_elements(p.c + at, c, vectors, count);
+  store_cell(p.c, at, c, p.wide_cell, vectors, count);
   store_elements(p.h + at, h, vectors, count);
   if (!p.gates) return;
 #pragma unroll
@@ -149,11 +175,9 @@ LSTMFUSED_DEVICE void finish_states(const Forward<T>& p, int64_t row, int64_t un
 // Whether all of it may be loaded and stored N elements at a time.
 template <int N, class T>
 static bool states_in_vectors(const Forward<T>& p) {
-  const auto aligned = [](const T* from) {
-    return reinterpret_cast<uintptr_t>(from) % (N * sizeof(T)) == 0;
-  };
-  return p.H % N == 0 && p.cx_stride % N == 0 && aligned(p.cx) && aligned(p.bias_ih) &&
-         aligned(p.bias_hh) && aligned(p.c) && aligned(p.h) && aligned(p.gates);
+  return p.H % N == 0 && aligned_cell<N>(p.cx, p.cx_stride, p.wide_cell) &&
+         aligned_cell<N>(p.c, 0, p.wide_cell) && aligned<N>(p.bias_ih) && aligned<N>(p.bias_hh) &&
+         aligned<N>(p.h) && aligned<N>(p.gates);
 }
 
 // ---------------------------------------------------------------------------------------------------
