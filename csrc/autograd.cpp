@@ -264,9 +264,9 @@ Way way(const Tensors&... tensors) {
   return recorded ? Way::kNode : Way::kNone;
 }
 
-State differentiable(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                     const OptionalTensor& bias_hh) {
+State differentiable(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                     const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   const auto dtype = input.scalar_type(), cell = cx ? cx->scalar_type() : dtype;
   if (!has_kernel(dtype, cell))
     return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
@@ -276,7 +276,8 @@ State differentiable(const Tensor& input, const OptionalTensor& hx, const Option
   if (dtype != cell && input.is_cuda()) how = Way::kComposed;  // has no such kernel yet
   if (how == Way::kNone) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    return redispatch_lstm_cell(keys & c10::after_ADInplaceOrView_keyset, input, hx, cx, weight_ih,
+                                weight_hh, bias_ih, bias_hh);
   }
   return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
                  [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {

@@ -66,6 +66,13 @@ State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTen
   return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
+State redispatch_lstm_cell(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                           const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  LSTMFUSED_HANDLE(lstm_cell);
+  return handle.redispatch(keys, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+}
+
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
                                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {

@@ -20,6 +20,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                 const OptionalTensor& bias_hh);
+// The same from within a kernel, by the keys that are left: cheaper than to ask the arguments again.
+State redispatch_lstm_cell(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                           const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
                                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);

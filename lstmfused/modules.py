@@ -43,15 +43,12 @@ class LSTMCell(nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        # Where the attributes come from, at a tenth of their cost: unless a subclass computes them
-        # or the instance has others in their place.
+        # Where the attributes come from, at a tenth of their cost: unless a subclass may compute
+        # them or the instance has others in their place.
         d: dict[str, Any] = self.__dict__
-        p = d["_parameters"]
+        others = "weight_ih" in d or "weight_hh" in d or "bias_ih" in d or "bias_hh" in d
+        p = {} if others or type(self) is not LSTMCell else d["_parameters"]
         try:
-            if type(self) is not LSTMCell or (
-                "weight_ih" in d or "weight_hh" in d or "bias_ih" in d or "bias_hh" in d
-            ):
-                raise KeyError
             w_ih, w_hh, b_ih, b_hh = p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
         except KeyError:
             w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
