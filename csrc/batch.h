@@ -1,7 +1,10 @@
 // What every operator that a module calls has to ask of its arguments: batched or not, with a state or
 // without, in forward mode or not.
 #pragma once
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/zeros.h>
+
+#include <array>
 
 #include "checks.h"
 
@@ -24,7 +27,11 @@ State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTe
   if (hx) {
     next = body(*x, *batch(*hx), *batch(*cx));
   } else {
-    const Tensor zeros = at::zeros_symint({x->sym_size(0), units()}, x->options());
+    // A subclass, as DTensor is, makes zeros of its own kind.
+    const std::array<c10::SymInt, 2> shape{x->sym_size(0), units()};
+    const Tensor zeros = x->unsafeGetTensorImpl()->is_python_dispatch()
+                             ? x->new_zeros_symint(shape)
+                             : at::zeros_symint(shape, x->options());
     next = body(*x, zeros, zeros);
   }
   if (batched) return next;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,28 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._integrations.script import scripted_as
 from ._ops import _C
-from .functional import bad_state
+from .functional import pair
 from .modules import LazyLSTMCell, LSTMCell
 
 __all__ = ["FrozenLSTMCell", "freeze"]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 UNITS, MULTIPLE = 16, 4  # kFrozenUnits and kFrozenMultiple of csrc/lstm.h
+
+
+def _scripted(
+    self: FrozenLSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    h: Tensor | None = None
+    c: Tensor | None = None
+    if hx is not None:
+        h, c = hx
+    state: tuple[Tensor, Tensor] = torch.ops.lstmfused.lstm_cell_frozen(
+        input, h, c, self.weight, self.bias, self.scale, self.input_size, self.hidden_size
+    )
+    return state
 
 
 class FrozenLSTMCell(nn.Module):
@@ -59,9 +73,10 @@ class FrozenLSTMCell(nn.Module):
         >>> h, c = frozen(torch.randn(3, 10))
     """
 
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None
+    if TYPE_CHECKING:  # TorchScript evaluates a class's annotations, which are strings here
+        weight: Tensor
+        bias: Tensor
+        scale: Tensor | None
 
     def __init__(self, cell: nn.LSTMCell, weight_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -83,15 +98,16 @@ class FrozenLSTMCell(nn.Module):
         self.register_buffer("scale", None if scale is None else _packed(scale))
         self.training = False
 
+    @scripted_as(_scripted)
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        h: Tensor | None
+        c: Tensor | None
         if hx is None:
             h = c = None
-        elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # Tensor's is slow
-            raise bad_state(hx)
         else:
-            h, c = hx
+            h, c = hx if type(hx) is tuple and len(hx) == 2 else pair(hx)
         op = torch.ops.lstmfused.lstm_cell_frozen if is_dynamo_compiling() else _C.lstm_cell_frozen
         b: dict[str, Any] = self._buffers
         sizes = self.input_size, self.hidden_size
@@ -103,10 +119,7 @@ class FrozenLSTMCell(nn.Module):
         return self.bias.new_zeros(shape), self.bias.new_zeros(shape)
 
     def train(self, mode: bool = True) -> FrozenLSTMCell:
-        if mode:
-            raise RuntimeError(
-                "a frozen LSTM cell cannot be trained: train the cell it was made from"
-            )
+        """Stays in evaluation mode, whatever the model around it does."""
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -166,6 +179,10 @@ def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
         )
     if cell._forward_hooks or cell._forward_pre_hooks:
         raise ValueError("the cell has forward hooks, which a frozen cell would not run")
+    if "forward" in vars(cell):
+        raise ValueError(
+            "the cell's forward has been replaced on the instance: a frozen cell would not run it"
+        )
     for name, p in cell.named_parameters(recurse=False):
         if p.dtype != torch.float32 or p.device.type != "cpu":
             raise ValueError(

@@ -1,0 +1,45 @@
+"""The step in torch's own operators, for who can run no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._ops import _C
+
+__all__ = ["decompositions", "register"]
+
+
+def lstm_cell(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *weights: Any
+) -> tuple[Tensor, Tensor]:
+    weights += (None,) * (4 - len(weights))  # biases that were not even named
+    _C.check_lstm_cell(input, hx, cx, *weights)
+    state = None if hx is None or cx is None else (hx, cx)
+    return reference.lstm_cell(input, state, *weights)
+
+
+def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
+    """Torch's default decompositions, :func:`torch.export.default_decompositions`, and that of the
+    step: a table for ``ExportedProgram.run_decompositions`` that leaves nothing but core ATen.
+
+    Without it a program keeps the fused operator, which ``torch.compile`` and AOTInductor want and
+    runtimes that know only torch's own operators do not.
+
+    Example::
+
+        >>> program = torch.export.export(LSTMCell(10, 20), (torch.randn(3, 10),))
+        >>> program = program.run_decompositions(lstmfused.decompositions())
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.lstmfused.lstm_cell.default] = lstm_cell
+    return table
+
+
+def register(_: Any) -> None:
+    """With the table that torch's ONNX exporter takes its decompositions from."""
+    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell)(lstm_cell)
