@@ -79,9 +79,8 @@ def swapped_class(
 
 @cache
 def _subclass(kind: type[Any], new: type[nn.LSTMCell]) -> type[nn.LSTMCell]:
-    body = {k: vars(kind).get(k) for k in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": new.forward, "_swapped": kind, "__reduce_ex__": _reduce_ex}
-    body["_new"] = new
+    body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": new.forward, "__reduce_ex__": _reduce_ex, "_swapped": kind, "_new": new}
     return type(kind.__name__, (kind, new), body)
 
 

@@ -254,11 +254,20 @@ def hooked() -> nn.LSTMCell:
     return cell
 
 
+def replaced() -> nn.LSTMCell:
+    """As accelerate's hooks do it."""
+    cell: Any = lstmfused.LSTMCell(I, H)
+    forward = cell.forward
+    cell.forward = lambda *given: tuple(2 * t for t in forward(*given))
+    return cell  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parametrized": (parametrized, "parametrization"),
     "pruned": (pruned, "parametrization"),
     "lazy": (lambda: lstmfused.LazyLSTMCell(H), "lazy"),
     "hooks": (hooked, "hooks"),
+    "forward of its own": (replaced, "forward has been replaced"),
     "float64": (lambda: nn.LSTMCell(I, H).double(), "torch.float64"),
     "float16": (lambda: lstmfused.LSTMCell(I, H).half(), "torch.float16"),
     "other device": (lambda: nn.LSTMCell(I, H, device="meta"), "meta"),
@@ -313,11 +322,14 @@ def test_no_training() -> None:
     assert not frozen.training
     assert frozen.eval() is frozen
     assert not list(frozen.parameters())
-    model = nn.Sequential(frozen)
+    model = nn.Sequential(frozen, nn.Dropout())
     for module in (frozen, model):
-        with pytest.raises(RuntimeError, match="cannot be trained"):
-            module.train()
+        assert module.train() is module
+        assert not frozen.training
+    assert model.training and model[1].training
     assert not frozen(torch.zeros(3, I))[0].requires_grad
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        frozen(torch.zeros(3, I, requires_grad=True))
 
 
 @EACH_DTYPE
