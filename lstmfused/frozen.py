@@ -29,10 +29,10 @@ def _scripted(
     c: Tensor | None = None
     if hx is not None:
         h, c = hx
-    state: tuple[Tensor, Tensor] = torch.ops.lstmfused.lstm_cell_frozen(
+    next_h, next_c = torch.ops.lstmfused.lstm_cell_frozen(
         input, h, c, self.weight, self.bias, self.scale, self.input_size, self.hidden_size
     )
-    return state
+    return next_h, next_c
 
 
 class FrozenLSTMCell(nn.Module):

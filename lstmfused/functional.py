@@ -40,10 +40,10 @@ def _scripted(
     c: Tensor | None = None
     if hx is not None:
         h, c = hx
-    state: tuple[Tensor, Tensor] = torch.ops.lstmfused.lstm_cell(
+    next_h, next_c = torch.ops.lstmfused.lstm_cell(
         input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
     )
-    return state
+    return next_h, next_c
 
 
 @scripted_as(_scripted)
