@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in one and in two processes: cells on DTensors, torch's and ours."""
+"""What test_distributed.py runs in one and two processes: cells on DTensors, torch's and ours."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Seen(TorchDispatchMode):
     """The operators that are run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,8 +181,7 @@ def test_subclasses_without_a_forward() -> None:
     assert isinstance(one, Named) and type(one) is type(two)
     assert one.describe() == f"{I}, {H}!"
     x = torch.randn(3, I)
-    for again in (copy.deepcopy, copy.copy, lambda cell: pickle.loads(pickle.dumps(cell))):
-        other = again(one)
+    for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
         assert type(other) is type(one)
         assert all(map(torch.equal, other(x), one(x)))
         assert type(unfuse(other)) is Named
