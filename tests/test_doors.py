@@ -289,42 +289,6 @@ def test_flops_of_a_frozen_cell() -> None:
         assert flops(partial(small, x)) == flops(partial(cell, x)) > 0
 
 
-def count_thop(model: nn.Module, x: Tensor) -> Any:
-    return pytest.importorskip("thop").profile(model, (x,), verbose=False)
-
-
-def count_ptflops(model: nn.Module, x: Tensor, backend: str = "pytorch") -> Any:
-    count = pytest.importorskip("ptflops").get_model_complexity_info
-    quiet = {"as_strings": False, "print_per_layer_stat": False}
-    return count(model, tuple(x.shape[1:]), backend=backend, **quiet)
-
-
-def count_ptflops_operators(model: nn.Module, x: Tensor) -> Any:
-    return count_ptflops(model, x, "aten")
-
-
-def count_fvcore(model: nn.Module, x: Tensor) -> Any:
-    analysis = pytest.importorskip("fvcore.nn").FlopCountAnalysis(model, (x,))
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
-
-
-@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
-@pytest.mark.parametrize(
-    "count", [count_thop, count_ptflops, count_ptflops_operators, count_fvcore]
-)
-def test_other_counters(count: Callable[[nn.Module, Tensor], Any]) -> None:
-    class Head(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            h: Tensor = self[1](self[0](x)[0])
-            return h
-
-    for bias in (True, False):
-        plain, fused = pair(partial(Head, nn.LSTMCell(I, H, bias), nn.Linear(H, 2)))
-        x = torch.randn(B, I)
-        only_head = count(nn.Sequential(nn.Linear(H, 2)), torch.randn(B, H))
-        assert count(fused, x) == count(plain, x) != only_head
-
-
 # --------------------------------------------------------------------------------------------------
 # Dynamic quantization
 
