@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -134,7 +135,8 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
 
     Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one
     that is used in several places one that is shared by them; everything else is deep-copied, and
-    all is in evaluation mode. ``model`` itself is not changed. Subclasses are left as they are.
+    all is in evaluation mode. ``model`` itself is not changed. Subclasses are left as they are, which
+    a warning tells: their cells may do something else.
 
     Args:
         model: any module, also a cell itself.
@@ -148,13 +150,18 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
         ValueError: as :class:`FrozenLSTMCell` does, for any of the cells.
     """
     frozen: dict[int, Any] = {}
+    left = []
     for name, module in model.named_modules():
         if not _is_cell(module):
+            if isinstance(module, nn.LSTMCell):
+                left.append(f"{name or 'the model'} (a subclass, {type(module).__name__})")
             continue
         try:
             frozen[id(module)] = FrozenLSTMCell(module, weight_dtype)
         except ValueError as error:
             raise ValueError(f"{name or 'model'}: {error}") from None
+    if left:
+        warnings.warn(f"left as it is: {', '.join(left)}", stacklevel=2)
     return copy.deepcopy(model, frozen).eval()
 
 

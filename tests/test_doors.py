@@ -124,6 +124,8 @@ def test_symbolic_trace_of_the_function_and_of_a_frozen_cell() -> None:
     assert targets(traced.graph) == [STEP]
     given = arguments.input, arguments.hx, arguments.weight_ih, arguments.weight_hh
     assert torch.equal(traced(*given), lstm_cell(*given)[0])
+    cell = lstmfused.LSTMCell(I, H)  # a model of its own
+    assert all(map(torch.equal, fx.symbolic_trace(cell)(*inputs()), cell(*inputs())))
     frozen = lstmfused.freeze(Once())
     traced = fx.symbolic_trace(frozen)
     assert targets(traced.graph) == [torch.ops.lstmfused.lstm_cell_frozen]
