@@ -135,8 +135,8 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
 
     Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one
     that is used in several places one that is shared by them; everything else is deep-copied, and
-    all is in evaluation mode. ``model`` itself is not changed. Subclasses are left as they are, which
-    a warning tells: their cells may do something else.
+    all is in evaluation mode. ``model`` itself is not changed. Subclasses, which may compute
+    something else, are left as they are: a warning tells.
 
     Args:
         model: any module, also a cell itself.
