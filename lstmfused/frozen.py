@@ -207,3 +207,19 @@ def _packed(rows: Tensor) -> Tensor:
     units, depth = rows.shape[0] // 4, rows.shape[1]
     gates = pad(rows.view(4, units, depth), (0, 0, 0, -units % MULTIPLE))
     return torch.cat([block.permute(2, 0, 1).flatten() for block in gates.split(UNITS, 1)])
+
+
+def unpacked(packed: Tensor, units: int) -> Tensor:
+    """The way back from :func:`_packed`: flat -> (4H, K)."""
+    filled = units + -units % MULTIPLE
+    depth = len(packed) // (4 * filled) if filled else 0
+    whole, rest = divmod(filled, UNITS)
+    blocks, last = packed.split([4 * depth * UNITS * whole, 4 * depth * rest])
+    gates = torch.cat(
+        [
+            blocks.view(whole, depth, 4, UNITS).permute(2, 0, 3, 1).reshape(4, -1, depth),
+            last.view(depth, 4, rest).permute(1, 2, 0),
+        ],
+        1,
+    )
+    return gates[:, :units].reshape(4 * units, depth)

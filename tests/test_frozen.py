@@ -454,6 +454,31 @@ def test_opcheck(dtype: torch.dtype) -> None:
         )
 
 
+@EACH_DTYPE
+def test_decomposition(dtype: torch.dtype) -> None:
+    """In torch's own operators, from the packed weights, the same as by the kernel."""
+    table, op = lstmfused.decompositions(), torch.ops.lstmfused.lstm_cell_frozen.default
+    for B, inputs, units in product((None, 0, 1, 5), (1, 3, 51), (1, 4, 7, 16, 20, 33)):
+        for state in (True, False):
+            arguments = random_arguments(B, inputs, units, state=state)
+            b: Any = made(arguments, dtype)._buffers
+            given = (*arguments[:3], b["weight"], b["bias"], b["scale"], inputs, units)
+            for name, found, want in zip("hc", table[op](*given), op(*given), strict=True):
+                check_output(name, found, want.double(), (B, inputs, units, state))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+@EACH_DTYPE
+def test_core_aten(dtype: torch.dtype) -> None:
+    frozen, x = FrozenLSTMCell(nn.LSTMCell(I, H), dtype), torch.randn(3, I)
+    program = torch.export.export(frozen, (x,))
+    core = program.run_decompositions(lstmfused.decompositions())
+    called = [n.target for n in core.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert called and all(torch.Tag.core in op.tags for op in called)
+    for name, found, want in zip("hc", core.module()(x), frozen(x), strict=True):
+        check_output(name, found, want.double(), dtype)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()

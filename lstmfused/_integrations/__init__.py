@@ -34,7 +34,7 @@ def _tell(name: str) -> None:
     where, _, what = _LISTENERS[name].rpartition(".")
     try:
         getattr(import_module(f"{__name__}.{where}"), what)(sys.modules[name])
-    except (AttributeError, ImportError, LookupError) as error:  # another version than those known
+    except Exception as error:  # of another version than those known: its import is not our matter
         warnings.warn(f"lstmfused could not register with {name}: {error!r}", stacklevel=2)
 
 
@@ -56,7 +56,8 @@ class _WhenImported(MetaPathFinder):
 def _then_tell(execute: Callable[[Any], None], name: str) -> Callable[[Any], None]:
     def exec_module(module: Any) -> None:
         execute(module)
-        _tell(name)
+        if module.__name__ == name:  # some loaders, zipimport's for one, load several modules
+            _tell(name)
 
     return exec_module
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._ops import _C
+from ..frozen import unpacked
 
 __all__ = ["decompositions", "register"]
 
@@ -23,9 +24,31 @@ def lstm_cell(
     return reference.lstm_cell(input, state, *weights)
 
 
+def lstm_cell_frozen(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell_frozen(input, hx, cx, weight, bias, scale, input_size, hidden_size)
+    rows = unpacked(weight, hidden_size).float()
+    if scale is not None:
+        rows = rows * unpacked(scale, hidden_size)
+    state = None if hx is None or cx is None else (hx, cx)
+    weight_ih, weight_hh = rows.split([input_size, hidden_size], 1)
+    return reference.lstm_cell(
+        input, state, weight_ih, weight_hh, unpacked(bias, hidden_size).flatten()
+    )
+
+
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
-    """Torch's default decompositions, :func:`torch.export.default_decompositions`, and that of the
-    step: a table for ``ExportedProgram.run_decompositions`` that leaves nothing but core ATen.
+    """Torch's default decompositions, :func:`torch.export.default_decompositions`, and those of the
+    step and of a frozen cell's: a table for ``ExportedProgram.run_decompositions`` that leaves
+    nothing but core ATen.
 
     Without it a program keeps the fused operator, which ``torch.compile`` and AOTInductor want and
     runtimes that know only torch's own operators do not.
@@ -37,9 +60,11 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """
     table = torch.export.default_decompositions()
     table[torch.ops.lstmfused.lstm_cell.default] = lstm_cell
+    table[torch.ops.lstmfused.lstm_cell_frozen.default] = lstm_cell_frozen
     return table
 
 
 def register(_: Any) -> None:
     """With the table that torch's ONNX exporter takes its decompositions from."""
     torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell)(lstm_cell)
+    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell_frozen)(lstm_cell_frozen)

@@ -85,12 +85,9 @@ def ptflops_modules(pytorch_ops: Any) -> None:
 def ptflops_operators(aten_ops: Any) -> None:
     def count(inputs: list[Any], outputs: list[Any]) -> int:
         x, _, _, weight_ih, weight_hh, *biases = inputs
-        added: int = sum(
-            len(bias) for bias in biases if bias is not None
-        )  # as by addmm, to each row
         rows: int = prod(x.shape[:-1])
-        products = step(x.shape, None, None, weight_ih.shape, weight_hh.shape) // 2
-        return products + rows * added
+        added: int = sum(rows * len(bias) for bias in biases if bias is not None)
+        return added + step(x.shape, None, None, weight_ih.shape, weight_hh.shape) // 2
 
     for op in (torch.ops.lstmfused.lstm_cell, torch.ops.lstmfused.lstm_cell_forward):
         aten_ops.ATEN_OPS_MAPPING[op] = count
