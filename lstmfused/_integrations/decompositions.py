@@ -20,8 +20,10 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     weights += (None,) * (4 - len(weights))  # biases that were not even named
     _C.check_lstm_cell(input, hx, cx, *weights)
-    state = None if hx is None or cx is None else (hx, cx)
-    return reference.lstm_cell(input, state, *weights)
+    if hx is None or cx is None:
+        return reference.lstm_cell(input, None, *weights)
+    h, c = reference.lstm_cell(input, (hx, cx), *weights)
+    return h.to(input.dtype), c.to(cx.dtype)
 
 
 def lstm_cell_frozen(

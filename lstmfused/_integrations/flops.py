@@ -27,18 +27,18 @@ def backward(
     grad_h: Any,
     grad_c: Any,
     gates: Any,
-    input: Shape,
-    hx: Shape,
+    input: Shape | None,
+    hx: Shape | None,
     cx: Shape,
-    weight_ih: Shape,
-    weight_hh: Shape,
+    weight_ih: Shape | None,
+    weight_hh: Shape | None,
     output_mask: list[bool],
-    **_: Any,
+    **__: Any,
 ) -> int:
     """A product for each gradient wanted of input, hx, weight_ih and weight_hh."""
-    of_ih = (output_mask[0] + output_mask[3]) * prod(weight_ih)
-    of_hh = (output_mask[1] + output_mask[4]) * prod(weight_hh)
-    return 2 * input[0] * (of_ih + of_hh)
+    (B, H), (_, I) = cx, input or weight_ih or (0, 0)
+    of_ih, of_hh = (output_mask[k] + output_mask[k + 3] for k in (0, 1))
+    return 2 * B * 4 * H * (of_ih * I + of_hh * H)
 
 
 def frozen(

@@ -31,7 +31,7 @@ def register(tensor: Any) -> None:
         ]
 
     def backward(*given: Any) -> list[tuple[Placements, Placements]]:
-        arguments, output_mask = given[:-3], given[-1]  # between them the two weights
+        rowwise, weights, output_mask = given[:6], given[6:8], given[8]
         ways = []
         for of, of_parameters in ((whole, whole), (rows, summed)):
             gradients = [of] * 3 + [of_parameters] * 4
@@ -39,7 +39,7 @@ def register(tensor: Any) -> None:
             outputs = [
                 p if wanted else whole for p, wanted in zip(gradients, output_mask, strict=True)
             ]
-            ways.append((outputs, [*placed(of, arguments), whole, whole, None]))
+            ways.append((outputs, [*placed(of, rowwise), *placed(whole, weights), None]))
         return ways
 
     register_sharding(ops.lstm_cell.default)(partial(step, 2))
