@@ -1,6 +1,7 @@
 // What every operator that a module calls has to ask of its arguments: batched or not, with a state or
 // without, in forward mode or not.
 #pragma once
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/zeros.h>
 
 #include "checks.h"
@@ -11,9 +12,10 @@ namespace lstmfused {
 inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
 // (B, H) zeros beside x (B, I). Of many, one row stands for all: torch fills so much in parallel, which
-// would hang after fork.
+// would hang after fork. A subclass, as DTensor is, makes zeros of its own kind.
 inline Tensor zero_state(const Tensor& x, const c10::SymInt& units, at::ScalarType dtype) {
   const c10::SymInt batch = x.sym_size(0);
+  if (x.unsafeGetTensorImpl()->is_python_dispatch()) return x.new_zeros_symint({batch, units}, dtype);
   const auto rows = batch.maybe_as_int(), columns = units.maybe_as_int();
   constexpr int64_t kParallel = 32768;
   const bool many = rows && columns && *rows * *columns >= kParallel;

@@ -32,8 +32,10 @@ template <class T>
 void check(PyObject* object, const char* name) {
   if constexpr (!std::is_same_v<T, int64_t>) {
     const bool none = std::is_same_v<T, OptionalTensor> && object == Py_None;
-    TORCH_CHECK_TYPE(none || THPVariable_Check(object), "lstm_cell(): argument '", name,
-                     "' must be Tensor, not ", Py_TYPE(object)->tp_name);
+    // What is no Tensor may know what to do with a call, as torch.fx's Proxy does.
+    TORCH_CHECK_TYPE(
+        none || THPVariable_Check(object) || PyObject_HasAttrString(object, "__torch_function__"),
+        "lstm_cell(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
   }
 }
 

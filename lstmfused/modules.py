@@ -1,17 +1,24 @@
-"""The step as a module, and the swap of a model's cells."""
+"""The step as a module."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
+from ._integrations.script import scripted_as
 from .functional import lstm_cell
 
-__all__ = ["LSTMCell", "LazyLSTMCell", "fuse", "unfuse"]
+__all__ = ["LSTMCell", "LazyLSTMCell"]
+
+
+def _scripted(
+    self: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    return lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
 
 class LSTMCell(nn.LSTMCell):
@@ -40,6 +47,7 @@ class LSTMCell(nn.LSTMCell):
         ...     h, c = cell(step, (h, c))
     """
 
+    @scripted_as(_scripted)
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -99,30 +107,3 @@ class LazyLSTMCell(LazyModuleMixin, LSTMCell):
                 width = {"weight_ih": (self.input_size,), "weight_hh": (self.hidden_size,)}
                 parameter.materialize((4 * self.hidden_size, *width.get(name, ())))
             self.reset_parameters()
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def fuse(model: M) -> M:
-    """Makes every :class:`torch.nn.LSTMCell` in ``model`` an :class:`LSTMCell`, in place.
-
-    Each cell stays the same object with the same parameters, hooks and mode, so optimizers and
-    other references remain valid. Subclasses with a ``forward`` of their own are left alone.
-
-    Returns:
-        ``model``.
-    """
-    return _swap(model, nn.LSTMCell, LSTMCell)
-
-
-def unfuse(model: M) -> M:
-    """The way back: makes every :class:`LSTMCell` in ``model`` a :class:`torch.nn.LSTMCell`."""
-    return _swap(model, LSTMCell, nn.LSTMCell)
-
-
-def _swap(model: M, old: type[nn.Module], new: type[nn.Module]) -> M:
-    for module in model.modules():
-        if type(module) is old:
-            module.__class__ = new
-    return model
