@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -99,16 +100,24 @@ static void run_in_reverse(int64_t tasks, int64_t, void (*task)(const void*, int
   for (int64_t i = tasks; i-- > 0;) task(context, i);
 }
 
-template <class T>
+// C is the type of the cell state, T or A.
+template <class C, class T>
 static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H, int64_t threads) {
   using A = Accumulate<T>;
+  constexpr bool wide = !std::is_same_v<C, T>;
+  const auto cells = [](auto& cell) {  // as the structs have them
+    if constexpr (std::is_const_v<std::remove_reference_t<decltype(cell)>>)
+      return reinterpret_cast<const T*>(cell.data());
+    else
+      return reinterpret_cast<T*>(cell.data());
+  };
   const int64_t G = 4 * H;
   const Pool pool{run_in_reverse, threads, 1 << 20};
   const double scale = 1 / sqrt(double(std::max(I, H)));
-  const vector<T> x_ = uniform<T>(B * I, 1), h_ = uniform<T>(B * H, 1), cx = uniform<T>(B * H, 1),
+  const vector<C> cx = uniform<C>(B * H, 1), grad_c = uniform<C>(B * H, 1);
+  const vector<T> x_ = uniform<T>(B * I, 1), h_ = uniform<T>(B * H, 1),
                   weight_ih = uniform<T>(G * I, scale), weight_hh = uniform<T>(G * H, scale),
-                  bias_ih = uniform<T>(G, 1), bias_hh = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1),
-                  grad_c = uniform<T>(B * H, 1);
+                  bias_ih = uniform<T>(G, 1), bias_hh = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1);
   const vector<double> x = values(x_), h = values(h_), c = values(cx), wi = values(weight_ih),
                        wh = values(weight_hh), bi = values(bias_ih), bh = values(bias_hh),
                        gh = values(grad_h), gc = values(grad_c);
@@ -129,10 +138,11 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
     }
   for (const auto& [save_gates, batch_invariant] :
        {std::pair{false, false}, {false, true}, {true, false}}) {
-    vector<T> out_h(B * H), out_c(B * H), out_gates(save_gates ? B * G : 0);
-    kernels.forward({B, I, H, x_.data(), I, h_.data(), H, cx.data(), H, weight_ih.data(), weight_hh.data(),
-                     bias_ih.data(), bias_hh.data(), out_h.data(), out_c.data(),
-                     save_gates ? out_gates.data() : nullptr, batch_invariant},
+    vector<T> out_h(B * H), out_gates(save_gates ? B * G : 0);
+    vector<C> out_c(B * H);
+    kernels.forward({B, I, H, x_.data(), I, h_.data(), H, cells(cx), H, weight_ih.data(), weight_hh.data(),
+                     bias_ih.data(), bias_hh.data(), out_h.data(), cells(out_c),
+                     save_gates ? out_gates.data() : nullptr, batch_invariant, wide},
                     pool);
     check("h", out_h, next_h, double(I + H), B, I, H);
     check("c", out_c, next_c, double(I + H), B, I, H);
@@ -167,7 +177,8 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
         }
       }
     }
-    vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), vector<T>(B * H), vector<T>(G * I),
+    vector<C> out_cx(B * H);
+    vector<T> out[] = {vector<T>(B * I), vector<T>(B * H), {},          vector<T>(G * I),
                        vector<T>(G * H), vector<T>(G),     vector<T>(G)};
     const auto backward = [&](int64_t rows, A* scratch, int64_t stride) {
       kernels.backward({B,
@@ -175,14 +186,14 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
                         H,
                         grad_h.data(),
                         H,
-                        grad_c.data(),
+                        cells(grad_c),
                         H,
                         out_gates.data(),
                         x_.data(),
                         I,
                         h_.data(),
                         H,
-                        cx.data(),
+                        cells(cx),
                         H,
                         weight_ih.data(),
                         weight_hh.data(),
@@ -191,11 +202,12 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
                         stride,
                         out[0].data(),
                         out[1].data(),
-                        out[2].data(),
+                        cells(out_cx),
                         out[3].data(),
                         out[4].data(),
                         out[5].data(),
-                        out[6].data()},
+                        out[6].data(),
+                        wide},
                        pool);
     };
     const int64_t rows = backward_rows<T>(B, I, H), stride = backward_stride<T>(H);
@@ -203,14 +215,16 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
     backward(rows, scratch.data(), stride);
     check("grad_input", out[0], dx, double(G), B, I, H);
     check("grad_hx", out[1], dh, double(G), B, I, H);
-    check("grad_cx", out[2], dc, 1, B, I, H);
+    check("grad_cx", out_cx, dc, 1, B, I, H);
     check("grad_weight_ih", out[3], dwi, double(B), B, I, H);
     check("grad_weight_hh", out[4], dwh, double(B), B, I, H);
     check("grad_bias_ih", out[5], db, double(B), B, I, H);
     check("grad_bias_hh", out[6], db, double(B), B, I, H);
     if constexpr (std::is_same_v<T, A>) {  // the gate gradients take the gates' place
+      out[2] = out_cx;
       const vector<vector<T>> expected(std::begin(out), std::end(out));
       backward(B, out_gates.data(), G);
+      out[2] = out_cx;
       for (size_t i = 0; i < expected.size(); i++)
         if (out[i] != expected[i]) {
           failures++;
@@ -280,20 +294,24 @@ int main() {
   const Kernels& kernels = NAME(kernels_, LSTMFUSED_ISA);
   const int64_t shapes[][3] = {{1, 1, 1},    {1, 20, 3},   {2, 5, 17},   {3, 16, 16},  {4, 33, 7},
                                {5, 51, 51},  {7, 2, 20},   {13, 130, 9}, {19, 70, 33}, {64, 16, 16},
-                               {70, 3, 150}, {97, 51, 20}, {300, 9, 5},  {6, 300, 40}, {50, 256, 40}};
+                               {70, 3, 150}, {97, 51, 20}, {300, 9, 5},  {6, 300, 40}, {50, 256, 40},
+                               {1, 0, 9},    {4, 0, 20},   {33, 0, 8}};
   for (const auto& [B, I, H] : shapes)
     for (int64_t threads : {1, 3}) {
-      test(kernels.f32, B, I, H, threads);
-      test(kernels.f64, B, I, H, threads);
-      test(kernels.bf16, B, I, H, threads);
-      test(kernels.f16, B, I, H, threads);
+      test<float>(kernels.f32, B, I, H, threads);
+      test<double>(kernels.f64, B, I, H, threads);
+      test<bfloat16>(kernels.bf16, B, I, H, threads);
+      test<float>(kernels.bf16, B, I, H, threads);
+      test<float16>(kernels.f16, B, I, H, threads);
+      test<float>(kernels.f16, B, I, H, threads);
       test_frozen(kernels.frozen_f32, B, I, H, threads);
       test_frozen(kernels.frozen_bf16, B, I, H, threads);
       test_frozen(kernels.frozen_i8, B, I, H, threads);
     }
-  test(kernels.f64, 600, 9, 130, 1);                            // more than one stretch of the batch
-  for (int64_t B : {3, 7}) test(kernels.f32, B, 4100, 260, 2);  // far weights
-  for (int64_t B : {7, 20}) test(kernels.f32, B, 2, 1030, 2);   // and all of a row near; beside panels
+  test<double>(kernels.f64, 600, 9, 130, 1);                           // more than one stretch of the batch
+  for (int64_t B : {3, 7}) test<float>(kernels.f32, B, 4100, 260, 2);  // far weights
+  for (int64_t B : {7, 20})
+    test<float>(kernels.f32, B, 2, 1030, 2);  // and all of a row near; beside panels
   for (int64_t B : {1, 2, 3, 7}) test_frozen(kernels.frozen_f32, B, 1600, 520, 2);  // far weights
   for (int64_t H = 1; H < 20; H++)  // every width of the last block
     test_frozen(kernels.frozen_f32, 5, 3, H, 1);
