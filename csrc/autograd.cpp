@@ -272,8 +272,7 @@ State differentiable(c10::DispatchKeySet keys, const Tensor& input, const Option
     return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
       return torch_lstm_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
     });
-  Way how = way(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  if (dtype != cell && input.is_cuda()) how = Way::kComposed;  // has no such kernel yet
+  const Way how = way(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   if (how == Way::kNone) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return redispatch_lstm_cell(keys & c10::after_ADInplaceOrView_keyset, input, hx, cx, weight_ih,

@@ -33,6 +33,7 @@ from cuda_cases import (
     check_gradient,
     check_gradients,
     compare_gradients,
+    depth_of,
     every_dtype,
     expected_gradients,
     in_dtype,
@@ -85,22 +86,25 @@ def test_every_path(device: str, path: str, dtype: torch.dtype) -> None:
             check_gradients(on(device, B, I, H, dtype), (B, I, H))
 
 
+def check_wide_cell(arguments: Arguments, state: tuple[Tensor, Tensor], case: object) -> None:
+    """c in float32 beside half types is not rounded at all, h once."""
+    dtype = arguments.input.dtype
+    assert [t.dtype for t in state] == [dtype, torch.float32]
+    error = tolerance(dtype, depth_of(arguments))
+    for name, actual, want in zip("hc", state, oracle(arguments.double()), strict=True):
+        assert_close(actual, want, output_bound(name, actual.dtype, want, error), (name, case))
+
+
 @poisoned
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @every_path
 def test_a_cell_state_in_float32(device: str, path: str, dtype: torch.dtype) -> None:
-    """Beside half types: c and its gradient are not rounded at all, h once."""
     for I, H in ((3, 5), (24, 40), (51, 64), (264, 136)):
         for B, use in product((1, 9, 33, 129), ("hc", "h", "c")):
             arguments = on(device, B, I, H, dtype)
             arguments = arguments._replace(c=on(device, B, I, H).c)
             h, c = cell(arguments)
-            assert h.dtype == dtype and c.dtype == torch.float32
-            bound = tolerance(dtype, I + H)
-            for name, actual, want in zip("hc", (h, c), oracle(arguments.double()), strict=True):
-                assert_close(
-                    actual, want, output_bound(name, actual.dtype, want, bound), (name, B, I, H)
-                )
+            check_wide_cell(arguments, (h, c), (B, I, H))
             grads = [
                 like(t, seed) if name in use else None
                 for seed, (name, t) in enumerate((("h", h), ("c", c)))
@@ -392,15 +396,12 @@ def test_tf32_by_its_newer_name(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast(device: str, dtype: torch.dtype) -> None:
-    """float32 arguments are rounded to the half type, and results have it."""
+    """float32 arguments are rounded to the half type, and h has it; c stays as it is."""
     for B, form in product((None, 3, 40), FORMS):
         arguments = on(device, B, 20, 33, **form)
-
-        def mixed(_: Arguments) -> tuple[Tensor, Tensor]:
-            with torch.autocast(device, dtype):
-                return cell(arguments.trainable())  # noqa: B023
-
-        check_forward(in_dtype(arguments, dtype), (B, form), mixed)
+        with torch.autocast(device, dtype):
+            state = cell(arguments.trainable())
+        check_wide_cell(in_dtype(arguments, dtype)._replace(c=arguments.c), state, (B, form))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -137,6 +137,8 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
   const Below below;
   const c10::DeviceGuard on_device(input.device());
   return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    if (!has_kernel(x.scalar_type(), c.scalar_type()))
+      return torch_lstm_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
     return compute(forward_tensors(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), /*gates=*/{});
   });
 }
