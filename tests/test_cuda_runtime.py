@@ -176,7 +176,7 @@ print("all captured")
 def test_a_capture_is_the_first_launch(device: str) -> None:
     """Kernels are loaded when they are first launched, which a capture must survive: so in a fresh
     process, without the warm-up of the other tests."""
-    assert run_python("-Wignore", "-c", FIRST_LAUNCHES) == "all captured\n"
+    assert run_python("-Wignore", "-c", FIRST_LAUNCHES, timeout=120) == "all captured\n"
 
 
 @every_dtype
