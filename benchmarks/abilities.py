@@ -255,7 +255,7 @@ def autocast(make: Make) -> Any:
     cell = make()
     with torch.autocast("cpu", torch.bfloat16, enabled=not isinstance(cell, Plain)):
         h, c = cell(tensor(B, I))
-    if not isinstance(cell, Plain) and {h.dtype, c.dtype} != {torch.bfloat16}:
+    if not isinstance(cell, Plain) and h.dtype != torch.bfloat16:
         raise TypeError(f"h is {h.dtype}, c is {c.dtype}")
     return h.float(), c.float()
 

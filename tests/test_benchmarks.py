@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the benchmarks are run from the repository, not installed
 pytest.importorskip("tqdm")
 
-from benchmarks import compiled, machine, report  # noqa: E402
+from benchmarks import cliffs, compiled, machine, report  # noqa: E402
 from benchmarks.contestants import Contestant, Fused, OnnxRuntime, Torch  # noqa: E402
 from benchmarks.roofline import SIZES, Roofline  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
@@ -214,3 +215,25 @@ def test_frozen(tmp_path: Path) -> None:
         times = {name: timing["median"] for name, timing in row["microseconds"].items()}
         own = times.pop("lstmfused")
         assert row["speedup"] == {name: own / time for name, time in times.items()}
+
+
+def test_cliffs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ratio that is too large again and again is one; what was so once is not."""
+    found = [{"a": 1.0, "b": 9.0}, {"a": 1.0, "b": 2.0}, *[{"a": 1.0, "b": 4.0}] * cliffs.ATTEMPTS]
+    monkeypatch.setattr(cliffs.Cliff, "ratios", lambda _: found.pop(0))
+    for name in ("denormals", "odd_sizes", "threads"):
+        monkeypatch.setattr(cliffs, name, lambda: ())
+    pair = [cliffs.Cliff("once", {}, 3), cliffs.Cliff("always", {}, 3)]
+    monkeypatch.setattr(cliffs, "callers", lambda: pair)
+    monkeypatch.setattr(cliffs, "keep_memory", lambda: None)
+    assert cliffs.main() == 1 and not found
+    once, always = capsys.readouterr().out.splitlines()[-2:]
+    assert "CLIFF" not in once and "4.00x" in always and "CLIFF" in always
+
+
+@pytest.mark.parametrize("cases", [cliffs.denormals, cliffs.odd_sizes, cliffs.threads])
+def test_calls_of_cliffs(cases: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cliffs.Cliff, "ratios", lambda _: {"normal": 1.0})
+    for cliff in cases():
+        for call in cliff.calls.values():
+            call()

@@ -1,15 +1,12 @@
-"""No cliffs: numbers, sizes and thread counts at which kernels are apt to be wrong or very slow.
+"""No cliffs: numbers, sizes and thread counts at which kernels are apt to be wrong.
 
-Times are ratios within one interleaved run. A bound is far above what is expected and far below
-what a cliff costs, and to fail it must be exceeded again and again.
+Where they are apt to be slow, `python -m benchmarks.cliffs` measures them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,46 +26,10 @@ from cases import (
     oracle,
     random_arguments,
     random_like,
-    torch_cell,
 )
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks are not installed
-
-from benchmarks.timing import measure
-
 Call = Callable[[], object]
-ATTEMPTS = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def keep_memory() -> None:
-    """Nothing freed goes back to the system from now on, where C's library lets one ask for that.
-    Else all that was allocated before decides which call has its outputs' pages made anew each
-    time, at several times the cost of the call."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 32 << 20)  # the most there may be
-
-
-def paces(calls: Mapping[str, Call], work: Mapping[str, float]) -> dict[str, float]:
-    timings = measure(calls, seconds=0.06 * len(calls))
-    return {name: timing.q1 / work.get(name, 1) for name, timing in timings.items()}
-
-
-def check_pace(
-    calls: Mapping[str, Call], bound: float, work: Mapping[str, float] | None = None
-) -> None:
-    """No call takes more than `bound` times as long as the first one, by the unit of work."""
-    base = next(iter(calls))
-    for _ in range(ATTEMPTS):
-        found = paces(calls, work or {})
-        ratios = {name: pace / found[base] for name, pace in found.items()}
-        if max(ratios.values()) <= bound:
-            return
-    raise AssertionError(f"times of {base!r}, more than {bound} allowed: {ratios}")
 
 
 def forward(arguments: Arguments) -> Call:
@@ -79,14 +40,6 @@ def backward(arguments: Arguments, *grads: Tensor) -> Call:
     h, c, gates = torch.ops.lstmfused.lstm_cell_forward(*arguments)
     given = (*(grads or (random_like(h, 1), random_like(c, 2))), gates, *arguments[:5])
     return lambda: torch.ops.lstmfused.lstm_cell_backward(*given, [True] * 7)
-
-
-def on_threads(call: Call, threads: int) -> Call:
-    def run() -> None:
-        torch.set_num_threads(threads)
-        call()
-
-    return run
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,40 +92,8 @@ def test_denormals_are_kept(dtype: torch.dtype, B: int) -> None:
     assert_close(found["c"], wide["c"], bound, "gradient of c")
 
 
-@pytest.mark.parametrize("B", [1, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_denormals_cost_no_more(dtype: torch.dtype, B: int) -> None:
-    """Beyond what they cost torch's own cell: some processors stop and think about each of them."""
-    arguments = random_arguments(B, 128, 128, dtype)
-    changed = {where: with_denormal(arguments, names) for where, names in DENORMAL.items()}
-    steps = {"normal": arguments, **changed}
-    grads = denormal(arguments.input), denormal(arguments.input)
-    backwards = {name: backward(a) for name, a in steps.items()}
-    backwards |= {"gradients": backward(arguments, *grads)}
-    with torch.no_grad():
-        torchs = {name: lambda a=a: torch_cell(a) for name, a in steps.items()}
-        found = paces(torchs, {})
-        bound = 3 * max(1, max(found.values()) / found["normal"])
-        check_pace({name: forward(a) for name, a in steps.items()}, bound)
-        check_pace(backwards, bound)
-
-
 # --------------------------------------------------------------------------------------------------
 # Sizes
-
-
-@pytest.mark.parametrize("B", [1, 8, 64])
-@pytest.mark.parametrize("kernel", [forward, backward], ids=lambda kernel: kernel.__name__)
-@pytest.mark.parametrize("sizes", [(256, 255, 257), (512, 511, 513)], ids=str)
-def test_pace_at_odd_sizes(
-    sizes: tuple[int, ...], kernel: Callable[[Arguments], Call], B: int
-) -> None:
-    """A multiply-add costs about the same where the size is no multiple of the vector. One row's
-    gradients are all stores, each of which may cost twice as much where it lies across two lines:
-    that alone is more than 1.5."""
-    calls = {str(n): kernel(random_arguments(B, n, n)) for n in sizes}
-    only_stores = kernel is backward and B == 1
-    check_pace(calls, 2.5 if only_stores else 1.5, {str(n): n * n for n in sizes})
 
 
 LOPSIDED = ((100_000, 1, 1), (100_000, 3, 3), (100_000, 64, 1), (1, 64, 2100))
@@ -218,18 +139,6 @@ def test_few_units_or_one_row(shape: tuple[int, int, int]) -> None:
     arguments = random_arguments(*shape)
     check_forward(arguments, shape)
     check_rows(arguments, some_rows(shape[0], last=50))
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: a second thread has none")
-@pytest.mark.parametrize("kernel", [forward, backward], ids=lambda kernel: kernel.__name__)
-@pytest.mark.parametrize("shape", LOPSIDED, ids=str)
-def test_a_second_thread_does_no_harm(
-    shape: tuple[int, int, int], kernel: Callable[[Arguments], Call]
-) -> None:
-    if (load := os.getloadavg()[0]) > (os.cpu_count() or 1):
-        pytest.skip(f"others are at work on these cores: a load of {load:.1f}")
-    call = kernel(random_arguments(*shape))
-    check_pace({"one": on_threads(call, 1), "two": on_threads(call, 2)}, 3)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -297,29 +206,22 @@ MANY = 8 * CORES
 def test_more_threads_than_cores(
     shape: tuple[int, int, int], kernel: Callable[[Arguments], Any]
 ) -> None:
-    """The same bits, and in calls that are not over before all threads have woken, as soon."""
+    """The same bits."""
     call = kernel(random_arguments(*shape))
     expected = call()
     torch.set_num_threads(MANY)
     assert all(map(torch.equal, call(), expected))
-    if shape == (64, 256, 256):
-        check_pace({"cores": on_threads(call, CORES), "many": on_threads(call, MANY)}, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 512, 512), (64, 256, 256)], ids=str)
 def test_several_callers_at_once(shape: tuple[int, int, int]) -> None:
     """Each Python thread has as many threads as there are cores."""
-    call, callers, times = on_threads(forward(random_arguments(*shape)), CORES), 4, 30
+    call = forward(random_arguments(*shape))
+    expected: Any = call()
 
-    def repeated(count: int) -> None:
-        for _ in range(count):
-            call()
+    def repeated(_: int) -> bool:
+        torch.set_num_threads(CORES)
+        return all(all(map(torch.equal, call(), expected)) for _ in range(30))  # type: ignore[call-overload]
 
-    with ThreadPoolExecutor(callers) as pool:
-        check_pace(
-            {
-                "in turn": lambda: repeated(callers * times),
-                "at once": lambda: list(pool.map(repeated, [times] * callers)),
-            },
-            3,
-        )
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeated, range(4)))
