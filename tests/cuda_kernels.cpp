@@ -188,7 +188,8 @@ static void run(Where where, const char* name, const vector<Output>& outputs, co
     simt::order = setting.order;
     simt::seed++;
     simt::shared_limit = setting.device.shared_memory;
-    for (const Output& output : outputs) memset(output.memory, 0xff, output.size);
+    for (const Output& output : outputs)
+      if (output.size) memset(output.memory, 0xff, output.size);
     if (const char* error = step(setting.device)) {
       fail(where, sizeof(T), error);
       continue;
