@@ -2,8 +2,6 @@
 // own operators; and autocast.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -12,68 +10,14 @@
 
 #include "batch.h"
 #include "checks.h"
-#include "ops.h"
+#include "composed.h"
+#include "second_order.h"
 
 namespace lstmfused {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-State compose(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-              const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const auto product = [](const Tensor& left, const Tensor& weight, const OptionalTensor& bias) {
-    if (weight.dim() == 2 && (!bias || bias->dim() == 1)) return at::linear(left, weight, bias);
-    const Tensor sums = at::matmul(left, weight.mT());
-    return bias ? sums + bias->unsqueeze(-2) : sums;
-  };
-  const auto gates = (product(input, weight_ih, bias_ih) + product(hx, weight_hh, bias_hh)).chunk(4, -1);
-  const Tensor c = gates[1].sigmoid() * cx + gates[0].sigmoid() * gates[2].tanh();
-  return {gates[3].sigmoid() * c.tanh(), c};
-}
-
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-// Indices of the seven arguments, in the order of the schema.
-enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
-
-// Gradients that can be differentiated again: those of the composed step. Each argument enters under an
-// alias, so that one computed from another (hx from an earlier input, say) still gets its own share only.
-variable_list composed_gradients(const variable_list& saved, const std::array<bool, kArguments>& wanted,
-                                 const variable_list& grads) {
-  std::array<Tensor, kArguments> a;
-  variable_list wanted_inputs;
-  for (int i = 0; i < kArguments; i++) {
-    if (!saved[i].defined()) continue;
-    a[i] = saved[i].view_as(saved[i]);
-    if (wanted[i]) wanted_inputs.push_back(a[i]);
-  }
-  const auto [h, c] = compose(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], optional(a[kBiasIh]),
-                              optional(a[kBiasHh]));
-  variable_list outputs, output_grads;
-  for (const auto& [output, grad] : {std::pair{h, grads[0]}, std::pair{c, grads[1]}})
-    if (grad.defined()) {
-      outputs.push_back(output);
-      output_grads.push_back(grad);
-    }
-  variable_list result(kArguments);
-  if (outputs.empty() || wanted_inputs.empty()) return result;
-  const variable_list found = torch::autograd::grad(outputs, wanted_inputs, output_grads,
-                                                    /*retain_graph=*/true, /*create_graph=*/true,
-                                                    /*allow_unused=*/true);
-  for (int i = 0, next = 0; i < kArguments; i++)
-    if (wanted[i] && a[i].defined()) result[i] = found[next++];
-  return result;
-}
-
-// Inside torch.func.grad, jvp and the like, which refuse a Function made in C++.
-bool in_transform() {
-  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
-  return active.has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
 
 // Set where hooks, which may hold it, packed what the graph saved.
 constexpr auto kHooked = "hooked";
@@ -88,11 +32,12 @@ bool last_use(const AutogradContext& context, const Tensor& gates) {
 }
 
 struct Step : torch::autograd::Function<Step> {
+  // The step is done: see apply_function.
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& hx,
                                const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
-                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                               const StateAndGates& done) {
+    const auto& [h, c, gates] = done;
     context->set_materialize_grads(false);
     context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
                                 bias_hh.value_or(Tensor()), gates});
@@ -105,21 +50,66 @@ struct Step : torch::autograd::Function<Step> {
     std::array<bool, kArguments> wanted;
     for (int i = 0, edge = 0; i < kArguments; i++)  // an absent bias has no edge in the graph
       wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments);
-    if (at::GradMode::is_enabled()) return composed_gradients(saved, wanted, grads);
-
-    at::AutoDispatchBelowADInplaceOrView guard;
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments + 1);
     const Tensor& gates = saved[kArguments];
-    const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
-    variable_list result =
-        std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
-                   gradients(optional(grads[0]), optional(grads[1]), gates, saved[kInput], saved[kHx],
-                             saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
+    variable_list result;
+    if (at::GradMode::is_enabled() || in_transform() || has_tangent(grads[0]) || has_tangent(grads[1])) {
+      Arguments arguments;
+      std::copy_n(saved.begin(), int(kArguments), arguments.begin());
+      result = lstm_cell_gradients(optional(grads[0]), optional(grads[1]), list(arguments), gates, wanted);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
+      result = std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
+                          gradients(optional(grads[0]), optional(grads[1]), gates, saved[kInput],
+                                    saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
+    }
     for (int i = 0; i < kArguments; i++)
       if (!wanted[i]) result[i] = Tensor();
+    result.emplace_back();  // of what is done
     return result;
   }
 };
+
+// A step on batched, checked arguments. Its gates have no derivatives of their own: who uses them knows
+// that the arguments made them.
+StateAndGates derived(const Asked& asked, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  StateAndGates done;
+  auto& [h, c, gates] = done;
+  if (asked.tangents) {
+    const Arguments a{
+        input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
+    if (asked.gradients) return composed_forward(a);
+    std::vector<Tensor> tangents;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+      tangents = lstm_cell_tangents({}, {}, list(a), gates, list(tangents_of(a)), {}, {}, {});
+    }
+    set_tangent(h, tangents[0]);
+    set_tangent(c, tangents[1]);
+    return done;
+  }
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  }
+  if (asked.gradients) {
+    variable_list state = apply_function<Step>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, done);
+    h = std::move(state[0]);
+    c = std::move(state[1]);
+  }
+  return done;
+}
+
+StateAndGates forward_differentiable(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                     const Tensor& weight_ih, const Tensor& weight_hh,
+                                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  return derived(asked, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+}
 
 // body gets batched arguments, checked.
 template <class Body>
@@ -135,21 +125,16 @@ State checked(const Tensor& input, const OptionalTensor& hx, const OptionalTenso
 State differentiable(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh) {
-  const auto any = [&](auto&& property) {
-    return property(input) || (hx && property(*hx)) || (cx && property(*cx)) || property(weight_ih) ||
-           property(weight_hh) || (bias_ih && property(*bias_ih)) || (bias_hh && property(*bias_hh));
-  };
-  const bool composed = in_transform() || any(has_tangent);
-  if (!composed &&
-      !(at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); }))) {
+  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!asked.tangents && !asked.gradients) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   }
   return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
                  [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-                   if (composed) return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                   const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                   return {state[0], state[1]};
+                   auto [next_h, next_c, gates] =
+                       derived(asked, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                   return {std::move(next_h), std::move(next_c)};
                  });
 }
 
@@ -174,9 +159,10 @@ State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx
                          const OptionalTensor& bias_hh) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !batch_invariant(),
-      "lstm_cell: forward-mode derivatives, torch.func's and stacked weights are not "
-      "batch-invariant: leave lstmfused.batch_invariant() for them");
-  return compose(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+      "lstm_cell: stacked weights are not batch-invariant: leave lstmfused.batch_invariant() for them");
+  auto [h, c, gates] = composed_forward(
+      {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
+  return {std::move(h), std::move(c)};
 }
 
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
@@ -188,6 +174,9 @@ void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const Option
 
 }  // namespace lstmfused
 
-TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) { m.impl("lstm_cell", lstmfused::differentiable); }
+TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) {
+  m.impl("lstm_cell", lstmfused::differentiable);
+  m.impl("lstm_cell_forward", lstmfused::forward_differentiable);
+}
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCPU, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCUDA, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCUDA>); }
