@@ -81,7 +81,7 @@ StateAndGates derived(const Asked& asked, const Tensor& input, const Tensor& hx,
   if (asked.tangents) {
     const Arguments a{
         input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
-    if (asked.gradients) return composed_forward(a);
+    if (asked.gradients) return composed_step(a);
     std::vector<Tensor> tangents;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -157,10 +157,7 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !batch_invariant(),
-      "lstm_cell: stacked weights are not batch-invariant: leave lstmfused.batch_invariant() for them");
-  auto [h, c, gates] = composed_forward(
+  auto [h, c, gates] = composed_step(
       {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
   return {std::move(h), std::move(c)};
 }

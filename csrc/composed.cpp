@@ -56,11 +56,19 @@ StateAndGates composed_forward(const Arguments& a) {
     const Tensor sums = at::matmul(left, weight.mT());
     return bias.defined() ? sums.add(bias.unsqueeze(-2)) : sums;
   };
-  const Tensor sums = product(a[kInput], a[kWeightIh], a[kBiasIh])
-                          .add(product(a[kHx], a[kWeightHh], a[kBiasHh]));
+  const Tensor sums =
+      product(a[kInput], a[kWeightIh], a[kBiasIh]).add(product(a[kHx], a[kWeightHh], a[kBiasHh]));
   const Gates<Term> gate = activate<TermMath>(split(sums));
   const Term c = next_cell(gate, Term{a[kCx]});
   return {next_hidden<TermMath>(gate, c).tensor, c.tensor, join(gate.i, gate.f, gate.g, gate.o, a[kCx])};
+}
+
+StateAndGates composed_step(const Arguments& arguments) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !batch_invariant(),
+      "lstm_cell: stacked weights, and derivatives of a step in both modes at once, "
+      "are not batch-invariant: leave lstmfused.batch_invariant() for them");
+  return composed_forward(arguments);
 }
 
 Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const Arguments& a,

@@ -8,6 +8,9 @@ namespace lstmfused {
 // As lstm_cell_forward, but every argument may have a further dimension in front.
 StateAndGates composed_forward(const Arguments& arguments);
 
+// The same where h and c are what is asked for: raises in batch-invariant mode.
+StateAndGates composed_step(const Arguments& arguments);
+
 // As lstm_cell_gradients, from gates that may depend on the arguments.
 Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const Arguments& arguments,
                              const Tensor& gates, const Wanted& wanted);

@@ -9,12 +9,15 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "composed.h"
 
@@ -72,6 +75,7 @@ std::vector<Tensor> tangents(const OptionalTensor& grad_h, const OptionalTensor&
   if (grad_h || grad_c || grad_h_tangent || grad_c_tangent) {
     const Tensor both = narrow(grad_gates, a[kWeightHh]), tangent = both.select(0, 0),
                  grad = both.select(0, 1);
+    const Tensor stacked = both.reshape_symint({2 * both.sym_size(1), both.sym_size(2)});
     // (tangent, grad) @ (weight, weight's tangent)
     const auto of_rows = [&](int weight) {
       const Tensor product = at::mm(tangent, a[weight]);
@@ -79,7 +83,7 @@ std::vector<Tensor> tangents(const OptionalTensor& grad_h, const OptionalTensor&
     };
     // (tangent, grad)^T @ (rows, rows' tangent): one product, that writes a weight's gradient once
     const auto of_weights = [&](int rows) {
-      return v[rows].defined() ? at::mm(both.flatten(0, 1).t(), at::cat({a[rows], v[rows]}))
+      return v[rows].defined() ? at::mm(stacked.t(), at::cat({a[rows], v[rows]}))
                                : at::mm(tangent.t(), a[rows]);
     };
     if (wanted[kInput]) gradients[kInput] = of_rows(kWeightIh);
@@ -156,7 +160,7 @@ std::vector<Tensor> gradients(const OptionalTensor& grad_h, const OptionalTensor
                                        a[kWeightHh], wanted));
 }
 
-// The gates again, this time as the arguments made them.
+// By torch's operators, which are then asked for the derivatives, from gates that the arguments make again.
 std::vector<Tensor> gradients_from_arguments(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                                              const Tensors& arguments, const Tensor&, Wanted wanted) {
   const Arguments a = array(arguments);
@@ -221,11 +225,44 @@ std::vector<Tensor> tangents_derived(const OptionalTensor& grad_h, const Optiona
                             wanted);
 }
 
+// Under vmap torch's operators keep the samples apart, where a kernel would add up their rows; the gates
+// that the step has kept will do, unless whoever comes below vmap asks for derivatives.
+bool asked_below_vmap(const Arguments& arguments) {
+  constexpr c10::DispatchKeySet kTransformed(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return std::any_of(arguments.begin(), arguments.end(), [&](const Tensor& tensor) {
+    if (!tensor.defined()) return false;
+    const auto* stack = at::functorch::maybeGetBatchedImpl(tensor);
+    const Tensor& value = stack ? stack->value() : tensor;
+    return value.key_set().has_any(kTransformed) || value.requires_grad() || tangent_of(value);
+  });
+}
+
 StateAndGates forward_batched(const Tensor& input, const Tensor& hx, const Tensor& cx,
                               const Tensor& weight_ih, const Tensor& weight_hh,
                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   return composed_forward(
       {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
+}
+
+std::vector<Tensor> gradients_batched(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                      const Tensors& arguments, const Tensor& gates, Wanted wanted) {
+  const Arguments a = array(arguments);
+  if (asked_below_vmap(a)) return gradients_from_arguments(grad_h, grad_c, arguments, gates, wanted);
+  return dense(composed_gradients(grad_h.value_or(Tensor()), grad_c.value_or(Tensor()), a, gates, wanted),
+               a[kHx]);
+}
+
+std::vector<Tensor> tangents_batched(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                     const Tensors& arguments, const Tensor& gates,
+                                     const Tensors& directions, const OptionalTensor& grad_h_tangent,
+                                     const OptionalTensor& grad_c_tangent, Wanted wanted) {
+  const Arguments a = array(arguments);
+  if (asked_below_vmap(a))
+    return tangents_from_arguments(grad_h, grad_c, arguments, gates, directions, grad_h_tangent,
+                                   grad_c_tangent, wanted);
+  return tangents(grad_h, grad_c, a, gates, array(directions), grad_h_tangent, grad_c_tangent, wanted,
+                  composed_unit_tangents);
 }
 
 }  // namespace
@@ -240,9 +277,13 @@ TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) {
   m.impl("lstm_cell_gradients", lstmfused::gradients_derived);
   m.impl("lstm_cell_tangents", lstmfused::tangents_derived);
 }
-// vmap does not take a product's sum over a batch apart; torch's operators do.
 TORCH_LIBRARY_IMPL(lstmfused, FuncTorchBatched, m) {
   m.impl("lstm_cell_forward", lstmfused::forward_batched);
+  m.impl("lstm_cell_gradients", lstmfused::gradients_batched);
+  m.impl("lstm_cell_tangents", lstmfused::tangents_batched);
+}
+// The vmap of is_grads_batched, which loops over what it does not know, but not over lists.
+TORCH_LIBRARY_IMPL(lstmfused, Batched, m) {
   m.impl("lstm_cell_gradients", lstmfused::gradients_from_arguments);
   m.impl("lstm_cell_tangents", lstmfused::tangents_from_arguments);
 }
