@@ -105,9 +105,29 @@ def double_backward(result: Row) -> list[str]:
     for row in result.get("double_backward", []):
         times = (f"{NAMES.get(k, k)} {duration(median(row, k))}" for k in row["microseconds"])
         lines.append(
-            f"{shape(row)} batch {row['batch']}, threads {row['threads']}: " + ", ".join(times)
+            f"{row['mode']}, {shape(row)} batch {row['batch']}, threads {row['threads']}: "
+            + ", ".join(times)
         )
-    return [f"Double backward, of a gradient penalty: {'; '.join(lines)}."] if lines else []
+    return [f"Gradients of gradients: {'; '.join(lines)}."] if lines else []
+
+
+def second_order(result: Row) -> str:
+    """What a run of benchmarks.second_order has found, over nn.LSTMCell: a line for each mode."""
+    threads = sorted({row["threads"] for row in result["rows"]})
+    lines = []
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = select(result, mode=mode)
+        cells = []
+        for count in threads:
+            ((_, mean, worst, _),) = means([row for row in rows if row["threads"] == count])
+            cells += [mean, worst]
+        lines.append([mode, *cells, str(len(rows))])
+    columns = [
+        f"{what}, {count} thread{'s' * (count > 1)}"
+        for count in threads
+        for what in ("geometric mean", "worst")
+    ]
+    return table(["over nn.LSTMCell", *columns, "rows"], lines)
 
 
 def summary(result: Row) -> str:
