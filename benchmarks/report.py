@@ -190,7 +190,7 @@ def markdown(result: Row) -> str:
         parts += [f"**{title}**", table(header, lines)]
         header = ["lstmfused over", "geometric mean", "worst", "rows"]
         parts.append(table(header, means(rows)))
-    return "\n\n".join([*parts, *overheads(result), *double_backward(result)])
+    return "\n\n".join([*parts, *overheads(result)])
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -213,6 +213,9 @@ def main() -> int:
     parser.add_argument(
         "--full", type=Path, metavar="FULL.json", help="a --full run's: the targets' table, too"
     )
+    parser.add_argument(
+        "--second", type=Path, metavar="SECOND.json", help="of benchmarks.second_order: its table"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="redraw the picture, too")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if the README is out of date"
@@ -226,9 +229,12 @@ def main() -> int:
 
         full = json.loads(args.full.read_text(encoding="utf-8"))
         new = insert(new, targets.markdown(full), "targets")
+    if args.second:
+        second = json.loads(args.second.read_text(encoding="utf-8"))
+        new = insert(new, second_order(second), "second-order")
     if args.check:
         if new != old:
-            files = " and ".join(map(str, filter(None, (args.result, args.full))))
+            files = " and ".join(map(str, filter(None, (args.result, args.full, args.second))))
             print(f"{args.readme} is not what {files} says: run this without --check")
         return int(new != old)
     args.readme.write_text(new, encoding="utf-8")

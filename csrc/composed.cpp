@@ -45,6 +45,18 @@ Tensor join(const Term& i, const Term& f, const Term& g, const Term& o, const Te
   return at::cat({dense(i), dense(f), dense(g), dense(o)}, -1);
 }
 
+// The gradients of the arguments, but for cx, from those of the gates' sums.
+Arguments products(const Tensor& sums, const Arguments& a, const Wanted& wanted) {
+  Arguments result;
+  if (wanted[kInput]) result[kInput] = at::matmul(sums, a[kWeightIh]);
+  if (wanted[kHx]) result[kHx] = at::matmul(sums, a[kWeightHh]);
+  if (wanted[kWeightIh]) result[kWeightIh] = at::matmul(sums.mT(), a[kInput]);
+  if (wanted[kWeightHh]) result[kWeightHh] = at::matmul(sums.mT(), a[kHx]);
+  if (wanted[kBiasIh]) result[kBiasIh] = sums.sum(-2);
+  if (wanted[kBiasHh]) result[kBiasHh] = sums.sum(-2);
+  return result;
+}
+
 Term term(const OptionalTensor& tensor) { return {tensor.value_or(Tensor())}; }
 
 }  // namespace
@@ -75,16 +87,15 @@ Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const A
                              const Tensor& gates, const Wanted& wanted) {
   Term grad_cx{grad_c};
   const Gates<Term> grad = step_backward<TermMath>(split(gates), Term{a[kCx]}, Term{grad_h}, grad_cx);
-  const Tensor sums = join(grad.i, grad.f, grad.g, grad.o, a[kCx]);
-  Arguments result;
-  if (wanted[kInput]) result[kInput] = at::matmul(sums, a[kWeightIh]);
-  if (wanted[kHx]) result[kHx] = at::matmul(sums, a[kWeightHh]);
+  Arguments result = products(join(grad.i, grad.f, grad.g, grad.o, a[kCx]), a, wanted);
   if (wanted[kCx]) result[kCx] = grad_cx.zero() ? at::zeros_like(a[kCx]) : grad_cx.tensor;
-  if (wanted[kWeightIh]) result[kWeightIh] = at::matmul(sums.mT(), a[kInput]);
-  if (wanted[kWeightHh]) result[kWeightHh] = at::matmul(sums.mT(), a[kHx]);
-  if (wanted[kBiasIh]) result[kBiasIh] = sums.sum(-2);
-  if (wanted[kBiasHh]) result[kBiasHh] = sums.sum(-2);
   return result;
+}
+
+Arguments composed_gradients_of_gates(const Tensor& grad_gates, const Arguments& a, const Tensor& gates,
+                                      const Wanted& wanted) {
+  const Gates<Dual<Term>> gate = dual_gates(split(gates), split(grad_gates));
+  return products(join(gate.i.tangent, gate.f.tangent, gate.g.tangent, gate.o.tangent, gates), a, wanted);
 }
 
 UnitTangents composed_unit_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,

@@ -15,6 +15,10 @@ StateAndGates composed_step(const Arguments& arguments);
 Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const Arguments& arguments,
                              const Tensor& gates, const Wanted& wanted);
 
+// The gradients of the arguments from that of the gates: cx has none.
+Arguments composed_gradients_of_gates(const Tensor& grad_gates, const Arguments& arguments,
+                                      const Tensor& gates, const Wanted& wanted);
+
 // As lstm_cell_unit_tangents.
 UnitTangents composed_unit_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                                     const Tensor& gates, const Tensor& cx,

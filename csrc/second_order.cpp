@@ -70,11 +70,10 @@ std::vector<Tensor> tangents(const OptionalTensor& grad_h, const OptionalTensor&
   const auto narrow = [](const Tensor& tensor, const Tensor& like) {
     return tensor.to(like.scalar_type());
   };
-  std::vector<Tensor> result{narrow(h, a[kHx]), narrow(c, a[kCx])};
+  std::vector<Tensor> result{narrow(h, gates), narrow(c, a[kCx])};
   Arguments gradients;
   if (grad_h || grad_c || grad_h_tangent || grad_c_tangent) {
-    const Tensor both = narrow(grad_gates, a[kWeightHh]), tangent = both.select(0, 0),
-                 grad = both.select(0, 1);
+    const Tensor both = narrow(grad_gates, gates), tangent = both.select(0, 0), grad = both.select(0, 1);
     const Tensor stacked = both.reshape_symint({2 * both.sym_size(1), both.sym_size(2)});
     // (tangent, grad) @ (weight, weight's tangent)
     const auto of_rows = [&](int weight) {
@@ -94,7 +93,7 @@ std::vector<Tensor> tangents(const OptionalTensor& grad_h, const OptionalTensor&
     if (wanted[kBiasIh]) gradients[kBiasIh] = tangent.sum(0);
     if (wanted[kBiasHh]) gradients[kBiasHh] = wanted[kBiasIh] ? gradients[kBiasIh].clone() : tangent.sum(0);
   }
-  for (Tensor& gradient : dense(std::move(gradients), a[kHx])) result.push_back(std::move(gradient));
+  for (Tensor& gradient : dense(std::move(gradients), gates)) result.push_back(std::move(gradient));
   return result;
 }
 
@@ -149,6 +148,45 @@ struct StepBackward : torch::autograd::Function<StepBackward> {
   }
 };
 
+// The gates as a function of the arguments, from their known values; to be differentiated to any order.
+struct GatesOf : torch::autograd::Function<GatesOf> {
+  static Tensor forward(AutogradContext* context, const OptionalTensor& input, const OptionalTensor& hx,
+                        const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                        const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const Done& done) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor gates = done.gates.detach();
+    variable_list saved;
+    for (const auto& tensor : {input, hx, weight_ih, weight_hh, bias_ih, bias_hh, OptionalTensor(gates)})
+      saved.push_back(tensor.value_or(Tensor()));
+    context->save_for_backward(std::move(saved));
+    return gates;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    constexpr std::array kGiven{kInput, kHx, kWeightIh, kWeightHh, kBiasIh, kBiasHh};
+    Arguments arguments;
+    Wanted wanted{};
+    for (size_t i = 0, edge = 0; i < kGiven.size(); i++) {
+      arguments[kGiven[i]] = saved[i];
+      wanted[kGiven[i]] = saved[i].defined() && context->needs_input_grad(edge++);
+    }
+    const Arguments found = composed_gradients_of_gates(grads[0], arguments, saved[kGiven.size()], wanted);
+    variable_list result(kGiven.size() + 1);
+    for (size_t i = 0; i < kGiven.size(); i++) result[i] = found[kGiven[i]];
+    return result;
+  }
+};
+
+// In a transform, and in forward mode, the arguments have to make the gates again: there the levels below
+// would not see what a Function knows.
+Tensor with_history(const Tensor& gates, const Arguments& a) {
+  if (in_transform() || Asked(a).tangents) return std::get<2>(composed_forward(a));
+  return GatesOf::apply(optional(a[kInput]), optional(a[kHx]), optional(a[kWeightIh]),
+                        optional(a[kWeightHh]), optional(a[kBiasIh]), optional(a[kBiasHh]),
+                        Done{gates, {}});
+}
+
 // ---------------------------------------------------------------------------------------------------
 // The operators: below autograd, what autograd makes of them, and under vmap
 
@@ -160,13 +198,12 @@ std::vector<Tensor> gradients(const OptionalTensor& grad_h, const OptionalTensor
                                        a[kWeightHh], wanted));
 }
 
-// By torch's operators, which are then asked for the derivatives, from gates that the arguments make again.
-std::vector<Tensor> gradients_from_arguments(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                                             const Tensors& arguments, const Tensor&, Wanted wanted) {
-  const Arguments a = array(arguments);
-  return dense(composed_gradients(grad_h.value_or(Tensor()), grad_c.value_or(Tensor()), a,
-                                  std::get<2>(composed_forward(a)), wanted),
-               a[kHx]);
+// By torch's operators, from gates that have a history of their own, or need none.
+std::vector<Tensor> gradients_from(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                   const Tensors& arguments, const Tensor& gates, Wanted wanted) {
+  return dense(composed_gradients(grad_h.value_or(Tensor()), grad_c.value_or(Tensor()), array(arguments),
+                                  gates, wanted),
+               gates);
 }
 
 std::vector<Tensor> gradients_derived(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
@@ -174,7 +211,7 @@ std::vector<Tensor> gradients_derived(const OptionalTensor& grad_h, const Option
   const Arguments a = array(arguments);
   const Asked asked(grad_h, grad_c, a);
   if (asked.tangents && asked.gradients)
-    return gradients_from_arguments(grad_h, grad_c, arguments, gates, wanted);
+    return gradients_from(grad_h, grad_c, arguments, with_history(gates, a), wanted);
 
   Done done{gates, {}};
   std::vector<Tensor> tangents;
@@ -203,12 +240,11 @@ std::vector<Tensor> tangents_from_gates(const OptionalTensor& grad_h, const Opti
                   grad_c_tangent, wanted, lstm_cell_unit_tangents);
 }
 
-std::vector<Tensor> tangents_from_arguments(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                                            const Tensors& arguments, const Tensor&,
-                                            const Tensors& directions, const OptionalTensor& grad_h_tangent,
-                                            const OptionalTensor& grad_c_tangent, Wanted wanted) {
-  const Arguments a = array(arguments);
-  return tangents(grad_h, grad_c, a, std::get<2>(composed_forward(a)), array(directions), grad_h_tangent,
+std::vector<Tensor> tangents_from(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                  const Tensors& arguments, const Tensor& gates, const Tensors& directions,
+                                  const OptionalTensor& grad_h_tangent,
+                                  const OptionalTensor& grad_c_tangent, Wanted wanted) {
+  return tangents(grad_h, grad_c, array(arguments), gates, array(directions), grad_h_tangent,
                   grad_c_tangent, wanted, composed_unit_tangents);
 }
 
@@ -216,10 +252,11 @@ std::vector<Tensor> tangents_derived(const OptionalTensor& grad_h, const Optiona
                                      const Tensors& arguments, const Tensor& gates,
                                      const Tensors& directions, const OptionalTensor& grad_h_tangent,
                                      const OptionalTensor& grad_c_tangent, Wanted wanted) {
-  const Asked asked(grad_h, grad_c, array(arguments), array(directions), grad_h_tangent, grad_c_tangent);
+  const Arguments a = array(arguments);
+  const Asked asked(grad_h, grad_c, a, array(directions), grad_h_tangent, grad_c_tangent);
   if (asked.tangents || asked.gradients)
-    return tangents_from_arguments(grad_h, grad_c, arguments, gates, directions, grad_h_tangent,
-                                   grad_c_tangent, wanted);
+    return tangents_from(grad_h, grad_c, arguments, with_history(gates, a), directions, grad_h_tangent,
+                         grad_c_tangent, wanted);
   at::AutoDispatchBelowADInplaceOrView guard;
   return lstm_cell_tangents(grad_h, grad_c, arguments, gates, directions, grad_h_tangent, grad_c_tangent,
                             wanted);
@@ -245,24 +282,22 @@ StateAndGates forward_batched(const Tensor& input, const Tensor& hx, const Tenso
       {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
 }
 
+Tensor gates_under_vmap(const Tensor& gates, const Tensors& arguments) {
+  const Arguments a = array(arguments);
+  return asked_below_vmap(a) ? std::get<2>(composed_forward(a)) : gates;
+}
+
 std::vector<Tensor> gradients_batched(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                                       const Tensors& arguments, const Tensor& gates, Wanted wanted) {
-  const Arguments a = array(arguments);
-  if (asked_below_vmap(a)) return gradients_from_arguments(grad_h, grad_c, arguments, gates, wanted);
-  return dense(composed_gradients(grad_h.value_or(Tensor()), grad_c.value_or(Tensor()), a, gates, wanted),
-               a[kHx]);
+  return gradients_from(grad_h, grad_c, arguments, gates_under_vmap(gates, arguments), wanted);
 }
 
 std::vector<Tensor> tangents_batched(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                                      const Tensors& arguments, const Tensor& gates,
                                      const Tensors& directions, const OptionalTensor& grad_h_tangent,
                                      const OptionalTensor& grad_c_tangent, Wanted wanted) {
-  const Arguments a = array(arguments);
-  if (asked_below_vmap(a))
-    return tangents_from_arguments(grad_h, grad_c, arguments, gates, directions, grad_h_tangent,
-                                   grad_c_tangent, wanted);
-  return tangents(grad_h, grad_c, a, gates, array(directions), grad_h_tangent, grad_c_tangent, wanted,
-                  composed_unit_tangents);
+  return tangents_from(grad_h, grad_c, arguments, gates_under_vmap(gates, arguments), directions,
+                       grad_h_tangent, grad_c_tangent, wanted);
 }
 
 }  // namespace
@@ -282,8 +317,9 @@ TORCH_LIBRARY_IMPL(lstmfused, FuncTorchBatched, m) {
   m.impl("lstm_cell_gradients", lstmfused::gradients_batched);
   m.impl("lstm_cell_tangents", lstmfused::tangents_batched);
 }
-// The vmap of is_grads_batched, which loops over what it does not know, but not over lists.
+// The vmap of is_grads_batched loops over what it does not know, but not over lists. It has autograd above
+// it and nothing below, so that the gates need no history.
 TORCH_LIBRARY_IMPL(lstmfused, Batched, m) {
-  m.impl("lstm_cell_gradients", lstmfused::gradients_from_arguments);
-  m.impl("lstm_cell_tangents", lstmfused::tangents_from_arguments);
+  m.impl("lstm_cell_gradients", lstmfused::gradients_from);
+  m.impl("lstm_cell_tangents", lstmfused::tangents_from);
 }

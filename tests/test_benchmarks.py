@@ -201,6 +201,25 @@ def test_calls_against_another_checkout(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stderr
 
 
+def test_second_order(tmp_path: Path) -> None:
+    out = tmp_path / "second.json"
+    extent = ("--units", "5,16", "--batches", 3, "--threads", 1, "--budget", 2)
+    done = python("benchmarks.second_order", *extent, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [(row["mode"], row["units"]) for row in found["rows"]] == [
+        (mode, units) for mode in DOUBLE_BACKWARD for units in (5, 16)
+    ]
+    for row in found["rows"]:
+        times = {name: timing["median"] for name, timing in row["microseconds"].items()}
+        assert row["speedup"] == {"torch": pytest.approx(times["torch"] / times["lstmfused"])}
+        where = f"{row['mode']}, {row['units']} units, batch 3, threads 1"
+        assert f"{where}: lstmfused {times['lstmfused']:.0f} µs" in done.stdout
+    assert [row["units"] for row in found["transforms"]] == [5, 16]
+    lines = report.second_order(found).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(DOUBLE_BACKWARD)
+
+
 def test_frozen(tmp_path: Path) -> None:
     out = tmp_path / "frozen.json"
     extent = ("--shapes", "3:5", "--batches", "1,7", "--threads", 1, "--budget", 2)
