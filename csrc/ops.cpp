@@ -1,15 +1,15 @@
 // Every operator: the table of contents.
 //
-//   lstm_cell            the step, batched or not                      cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_forward    the step on batched tensors, and its gates    cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_backward   its gradients                                 cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_backward_  the same, and gates are used up               cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_gradients  its gradients, to be differentiated again    second_order.cpp
-//   lstm_cell_tangents   directional derivatives of both              second_order.cpp
-//   lstm_cell_unit_tangents  what of them is made unit by unit        cpu/lstm_cpu.cpp, composed.cpp
-//   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
+//   lstm_cell                the step, batched or not                    cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_forward        the step on batched tensors, and its gates  cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_backward       its gradients                               cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_backward_      the same, and gates are used up             cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_gradients      the same, to be differentiated again        second_order
+//   lstm_cell_tangents       directional derivatives of step, gradients  second_order
+//   lstm_cell_unit_tangents  their part that is made unit by unit        cpu/lstm_cpu, composed
+//   lstm_cell_frozen         the step from packed weights                frozen
 //
-// How lstm_cell is differentiated by the three after it is in autograd.cpp.
+// How lstm_cell is differentiated is in autograd.cpp; how its gradients are, in second_order.cpp.
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
