@@ -7,7 +7,7 @@ RESULT ?= benchmarks/results/amd-epyc-20261126.json
 # Of python -m benchmarks --full, for its targets.
 FULL   ?= benchmarks/results/amd-epyc-20261126-full.json
 # Of python -m benchmarks.second_order.
-SECOND ?= benchmarks/results/second-order-amd-epyc.json
+SECOND ?= benchmarks/results/second-order-intel-xeon-processor.json
 
 PY      := $(VENV)/bin/python
 REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL)) $(addprefix --second ,$(SECOND))

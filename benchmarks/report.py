@@ -114,6 +114,7 @@ def double_backward(result: Row) -> list[str]:
 def second_order(result: Row) -> str:
     """What a run of benchmarks.second_order has found, over nn.LSTMCell: a line for each mode."""
     threads = sorted({row["threads"] for row in result["rows"]})
+    units = sorted({row["units"] for row in result["rows"]})
     lines = []
     for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
         rows = select(result, mode=mode)
@@ -127,7 +128,10 @@ def second_order(result: Row) -> str:
         for count in threads
         for what in ("geometric mean", "worst")
     ]
-    return table(["over nn.LSTMCell", *columns, "rows"], lines)
+    clock = {"wall": "time", "cpu": "processor time"}[result["clock"]]
+    setting = f"{result['processor']}, float32, {units[0]} to {units[-1]} units"
+    title = f"{setting}; how many times less {clock} than nn.LSTMCell takes:"
+    return f"{title}\n\n{table(['mode', *columns, 'rows'], lines)}"
 
 
 def summary(result: Row) -> str:
