@@ -72,7 +72,8 @@ StateAndGates composed_forward(const Arguments& a) {
       product(a[kInput], a[kWeightIh], a[kBiasIh]).add(product(a[kHx], a[kWeightHh], a[kBiasHh]));
   const Gates<Term> gate = activate<TermMath>(split(sums));
   const Term c = next_cell(gate, Term{a[kCx]});
-  return {next_hidden<TermMath>(gate, c).tensor, c.tensor, join(gate.i, gate.f, gate.g, gate.o, a[kCx])};
+  const Tensor h = next_hidden<TermMath>(gate, c).tensor.to(sums.scalar_type());
+  return {h, c.tensor, join(gate.i, gate.f, gate.g, gate.o, a[kCx])};
 }
 
 StateAndGates composed_step(const Arguments& arguments) {
@@ -87,8 +88,10 @@ Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const A
                              const Tensor& gates, const Wanted& wanted) {
   Term grad_cx{grad_c};
   const Gates<Term> grad = step_backward<TermMath>(split(gates), Term{a[kCx]}, Term{grad_h}, grad_cx);
-  Arguments result = products(join(grad.i, grad.f, grad.g, grad.o, a[kCx]), a, wanted);
-  if (wanted[kCx]) result[kCx] = grad_cx.zero() ? at::zeros_like(a[kCx]) : grad_cx.tensor;
+  const Tensor sums = join(grad.i, grad.f, grad.g, grad.o, a[kCx]).to(gates.scalar_type());
+  Arguments result = products(sums, a, wanted);
+  if (wanted[kCx])
+    result[kCx] = grad_cx.zero() ? at::zeros_like(a[kCx]) : grad_cx.tensor.to(a[kCx].scalar_type());
   return result;
 }
 

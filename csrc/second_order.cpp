@@ -100,6 +100,7 @@ std::vector<Tensor> tangents(const OptionalTensor& grad_h, const OptionalTensor&
 // ---------------------------------------------------------------------------------------------------
 // The gradients as a node of the graph
 
+// What is known before a Function records it: see apply_function.
 struct Done {
   Tensor gates;
   variable_list gradients;
@@ -278,7 +279,7 @@ bool asked_below_vmap(const Arguments& arguments) {
 StateAndGates forward_batched(const Tensor& input, const Tensor& hx, const Tensor& cx,
                               const Tensor& weight_ih, const Tensor& weight_hh,
                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  return composed_forward(
+  return composed_step(
       {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
 }
 

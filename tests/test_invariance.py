@@ -135,7 +135,12 @@ def test_refuses_what_would_not_be_invariant() -> None:
         with forward_ad.dual_level():
             h(forward_ad.make_dual(given.input.requires_grad_(), given.input.detach()))
 
-    for call in (lambda: torch.func.vmap(of_weights)(stack), both_modes):
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: h(x).sum()))
+    for call in (
+        lambda: torch.func.vmap(of_weights)(stack),
+        lambda: per_sample(torch.stack([given.input] * 2)),
+        both_modes,
+    ):
         with pytest.raises(NotImplementedError, match="batch-invariant"):
             call()
     given.input.requires_grad_(False)
