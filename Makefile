@@ -1,4 +1,4 @@
-# make bench | make test | make kernels | make lint: each sets up all it needs, in .venv.
+# make bench | make test | make kernels | make clients | make lint: each sets up all it needs, in .venv.
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +13,7 @@ PY      := $(VENV)/bin/python
 REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL)) $(addprefix --second ,$(SECOND))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test kernels lint format readme clean
+.PHONY: bench test kernels clients lint format readme clean
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
@@ -26,12 +26,17 @@ test: $(VENV)/built
 kernels: $(VENV)/built
 	$(PY) -m pytest -q -m kernels -n auto
 
+# Other packages, with torch's cells and with these: the numbers agree. They are asked to keep this torch.
+clients: $(VENV)/clients
+	$(PY) -m pytest -q clients
+
 lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
 	$(REPORT) --check
+	$(PY) -m benchmarks.gpu.page --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
@@ -42,6 +47,7 @@ format: $(VENV)/built
 readme: $(VENV)/built
 	$(REPORT) --readme README.md --plot benchmarks/results/speedup.png
 	$(PY) -m benchmarks.abilities --readme README.md
+	$(PY) -m benchmarks.gpu.page
 
 clean:
 	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py
@@ -49,6 +55,11 @@ clean:
 # The build sees the torch that is installed here, so no build isolation.
 $(VENV)/built: $(SOURCES) $(VENV)/torch
 	$(PY) -m pip install -q --no-build-isolation -e ".[build,test,bench,lint]"
+	touch $@
+
+$(VENV)/clients: $(VENV)/built
+	echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt "lstmfused[clients]"
 	touch $@
 
 $(VENV)/torch: Makefile

@@ -30,6 +30,7 @@ CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
 FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
 CUDA_SOURCE = CSRC / "cuda" / "kernels.cu"
+DIGEST = runpy.run_path(str(CSRC / "digest.py"))["digest"]()
 nvcc = SimpleNamespace(**runpy.run_path(str(CSRC / "cuda" / "nvcc.py")))
 NVCC = nvcc.find_nvcc()
 
@@ -40,7 +41,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
     def run(self) -> None:
         super().run()
         built = Path(self.get_ext_fullpath("lstmfused._C")).with_name("_build.py")
-        built.write_text(f'TORCH = "{torch.__version__}"\nVARIANTS = "{", ".join(VARIANTS)}"\n')
+        facts = {"TORCH": torch.__version__, "VARIANTS": ", ".join(VARIANTS), "SOURCES": DIGEST}
+        built.write_text("".join(f'{name} = "{fact}"\n' for name, fact in facts.items()))
 
     def build_extension(self, ext: Extension) -> None:
         if not shutil.which(get_cxx_compiler()):
@@ -66,7 +68,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         ext.library_dirs += nvcc.library_folders(NVCC)
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
         ext.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
-        flags = [*nvcc.NVCC_FLAGS, "--threads", "0", *_get_cuda_arch_flags()]
+        hopper = ["-DLSTMFUSED_SM90A"] if "9.0a" in architectures else []  # its own instructions
+        flags = [*nvcc.NVCC_FLAGS, "--threads", "0", *hopper, *_get_cuda_arch_flags()]
         return self.compile(NVCC, flags, CUDA_SOURCE, "kernels_cuda.o")
 
     def compile(self, compiler: str, flags: list[str], source: Path, name: str) -> str:

@@ -1,8 +1,13 @@
-// What makes the step differentiable: gradients by the fused backward kernels, other derivatives by torch's
-// own operators; and autocast.
+// What makes the step differentiable: gradients by the fused backward kernels, what comes after them by
+// second_order.cpp; and autocast.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/lstm_cell.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -21,14 +26,46 @@ using torch::autograd::variable_list;
 
 // Set where hooks, which may hold it, packed what the graph saved.
 constexpr auto kHooked = "hooked";
+// Set where a bias is absent: bit 0 for bias_ih, bit 1 for bias_hh.
+constexpr auto kAbsent = "absent";
 
 // Whether no one will see the gates again: the graph goes, and no hook or mode holds or follows what it
-// saved. Two owners are the graph's node and the caller.
+// saved. Two owners are the graph's node and the caller. A post hook runs before the node lets go.
 bool last_use(const AutogradContext& context, const Tensor& gates) {
   return !torch::autograd::get_current_graph_task_keep_graph() && !context.saved_data.count(kHooked) &&
          gates.use_count() <= 2 && !gates.unsafeGetTensorImpl()->is_python_dispatch() &&
          gates.has_storage() && gates.storage().use_count() == 1 &&
-         c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !in_transform();
+         c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !in_transform() &&
+         torch::autograd::get_current_node()->post_hooks().empty();
+}
+
+// What first gradients take, and no more: the gradient of a factor takes the other one. All of it where
+// others differentiate beside this node, levels below or a traced graph, which must find what the gates are
+// made of. The gates come last.
+void save(AutogradContext* context, const Tensor& input, const Tensor& hx, const Tensor& cx,
+          const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+          const OptionalTensor& bias_hh, const Tensor& gates) {
+  const bool all = in_transform() || c10::impl::TorchDispatchModeTLS::stack_len();
+  const auto beside = [all](const Tensor& factor, const Tensor& other) {
+    return all || other.requires_grad() ? factor : Tensor();
+  };
+  const auto bias = [all](const OptionalTensor& given) { return all && given ? *given : Tensor(); };
+  context->set_materialize_grads(false);
+  context->save_for_backward({beside(input, weight_ih), beside(hx, weight_hh), cx, beside(weight_ih, input),
+                              beside(weight_hh, hx), bias(bias_ih), bias(bias_hh), gates});
+  if (const int64_t absent = !bias_ih + 2 * !bias_hh) context->saved_data[kAbsent] = absent;
+  if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) context->saved_data[kHooked] = true;
+}
+
+// In the place of an argument that was not saved, by its edge in the graph.
+Tensor stand_in(const Tensor& gates, size_t edge) {
+  const auto step = torch::autograd::get_current_node();
+  TORCH_CHECK_NOT_IMPLEMENTED(step, "lstm_cell: compiled autograd cannot create a graph");
+  const auto& next = step->next_edge(edge);
+  if (!next.is_valid()) return {};
+  const Tensor result = at::empty({}, gates.options());
+  torch::autograd::impl::set_gradient_edge(result, next);
+  return result;
 }
 
 struct Step : torch::autograd::Function<Step> {
@@ -38,31 +75,41 @@ struct Step : torch::autograd::Function<Step> {
                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                                const StateAndGates& done) {
     const auto& [h, c, gates] = done;
-    context->set_materialize_grads(false);
-    context->save_for_backward({input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()),
-                                bias_hh.value_or(Tensor()), gates});
-    if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) context->saved_data[kHooked] = true;
+    save(context, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gates);
     return {h, c};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const variable_list saved = context->get_saved_variables();
-    std::array<bool, kArguments> wanted;
-    for (int i = 0, edge = 0; i < kArguments; i++)  // an absent bias has no edge in the graph
-      wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);
+    variable_list saved = context->get_saved_variables();
+    const Tensor gates = std::move(saved[kArguments]);
+    const auto found_absent = context->saved_data.find(kAbsent);
+    const int64_t absent = found_absent == context->saved_data.end() ? 0 : found_absent->second.toInt();
+    std::array<int, kArguments> edges;  // an absent bias has none in the graph
+    Wanted wanted;
+    for (int i = 0, edge = 0; i < kArguments; i++) {
+      edges[i] = i >= kBiasIh && absent >> (i - kBiasIh) & 1 ? -1 : edge++;
+      wanted[i] = edges[i] >= 0 && context->needs_input_grad(edges[i]);
+    }
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments + 1);
-    const Tensor& gates = saved[kArguments];
     variable_list result;
-    if (at::GradMode::is_enabled() || in_transform() || has_tangent(grads[0]) || has_tangent(grads[1])) {
+    const bool graph = at::GradMode::is_enabled();
+    if (graph || in_transform() || has_tangent(grads[0]) || has_tangent(grads[1])) {
       Arguments arguments;
-      std::copy_n(saved.begin(), int(kArguments), arguments.begin());
+      for (int i = 0; i < kArguments; i++) {
+        arguments[i] = std::move(saved[i]);
+        if (graph && !arguments[i].defined() && edges[i] >= 0) arguments[i] = stand_in(gates, edges[i]);
+      }
       result = lstm_cell_gradients(optional(grads[0]), optional(grads[1]), list(arguments), gates, wanted);
     } else {
-      at::AutoDispatchBelowADInplaceOrView guard;
+      const at::AutoDispatchBelowAutograd guard;
       const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
+      const auto beside = [&](Argument factor, Argument other) {
+        return wanted[other] ? optional(saved[factor]) : std::nullopt;
+      };
       result = std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
-                          gradients(optional(grads[0]), optional(grads[1]), gates, saved[kInput],
-                                    saved[kHx], saved[kCx], saved[kWeightIh], saved[kWeightHh], wanted));
+                          gradients(optional(grads[0]), optional(grads[1]), gates,
+                                    beside(kInput, kWeightIh), beside(kHx, kWeightHh), saved[kCx],
+                                    beside(kWeightIh, kInput), beside(kWeightHh, kHx), wanted));
     }
     for (int i = 0; i < kArguments; i++)
       if (!wanted[i]) result[i] = Tensor();
@@ -71,44 +118,38 @@ struct Step : torch::autograd::Function<Step> {
   }
 };
 
+// Set while a step asks for gates whose derivatives it knows: levels below need not follow them.
+thread_local bool gates_known = false;
+
 // A step on batched, checked arguments. Its gates have no derivatives of their own: who uses them knows
 // that the arguments made them.
-StateAndGates derived(const Asked& asked, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                      const OptionalTensor& bias_hh) {
+StateAndGates derived(const Asked& asked, const Arguments& a) {
   StateAndGates done;
   auto& [h, c, gates] = done;
-  if (asked.tangents) {
-    const Arguments a{
-        input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
-    if (asked.gradients) return composed_step(a);
-    std::vector<Tensor> tangents;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-      tangents = lstm_cell_tangents({}, {}, list(a), gates, list(tangents_of(a)), {}, {}, {});
-    }
-    set_tangent(h, tangents[0]);
-    set_tangent(c, tangents[1]);
-    return done;
-  }
+  if (asked.tangents && asked.gradients) return composed_step(a);
+  const OptionalTensor bias_ih = optional(a[kBiasIh]), bias_hh = optional(a[kBiasHh]);
+  std::vector<Tensor> tangents;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    {
+      const auto restore =
+          c10::make_scope_exit([before = std::exchange(gates_known, true)] { gates_known = before; });
+      done = lstm_cell_forward(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], bias_ih, bias_hh);
+    }
+    if (asked.tangents)
+      tangents = lstm_cell_tangents({}, {}, list(a), gates, list(tangents_of(a)), {}, {}, {});
+  }
+  if (asked.tangents) {
+    set_tangent(h, tangents[0]);
+    set_tangent(c, tangents[1]);
   }
   if (asked.gradients) {
-    variable_list state = apply_function<Step>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, done);
+    variable_list state =
+        apply_function<Step>(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], bias_ih, bias_hh, done);
     h = std::move(state[0]);
     c = std::move(state[1]);
   }
   return done;
-}
-
-StateAndGates forward_differentiable(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                     const Tensor& weight_ih, const Tensor& weight_hh,
-                                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  return derived(asked, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
 // body gets batched arguments, checked.
@@ -122,20 +163,69 @@ State checked(const Tensor& input, const OptionalTensor& hx, const OptionalTenso
   });
 }
 
-State differentiable(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                     const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                     const OptionalTensor& bias_hh) {
+State differentiable(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                     const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const auto dtype = input.scalar_type(), cell = cx ? cx->scalar_type() : dtype;
+  if (!has_kernel(dtype, cell))
+    return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+      return torch_lstm_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+    });
   const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   if (!asked.tangents && !asked.gradients) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    return redispatch_lstm_cell(keys & c10::after_ADInplaceOrView_keyset, input, hx, cx, weight_ih,
+                                weight_hh, bias_ih, bias_hh);
   }
-  return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                 [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-                   auto [next_h, next_c, gates] =
-                       derived(asked, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                   return {std::move(next_h), std::move(next_c)};
-                 });
+  return checked(
+      input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+        auto [next_h, next_c, gates] = derived(
+            asked, {x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
+        return {std::move(next_h), std::move(next_c)};
+      });
+}
+
+// The inner operators stand in graphs that were traced with what is above; these may be differentiated.
+StateAndGates differentiable_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                     const Tensor& weight_ih, const Tensor& weight_hh,
+                                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!asked.tangents && !asked.gradients) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  }
+  check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  const Arguments arguments{
+      input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
+  const bool known = gates_known;
+  auto [h, c, gates] = derived(asked, arguments);
+  return {h, c, known ? gates : with_history(gates, arguments)};
+}
+
+template <bool in_place>
+Gradients differentiable_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                  const Tensor& gates, const OptionalTensor& input,
+                                  const OptionalTensor& hx, const Tensor& cx,
+                                  const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                  std::array<bool, 7> output_mask) {
+  const Asked asked(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
+  if (asked.tangents || asked.gradients)
+    return lstm_cell_backward_composed(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh,
+                                       output_mask);
+  const at::AutoDispatchBelowAutograd guard;
+  return (in_place ? lstm_cell_backward_ : lstm_cell_backward)(grad_h, grad_c, gates, input, hx, cx,
+                                                               weight_ih, weight_hh, output_mask);
+}
+
+// Who saved the gates before is to notice.
+Gradients backward_in_place(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
+                            const OptionalTensor& input, const OptionalTensor& hx, const Tensor& cx,
+                            const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                            std::array<bool, 7> output_mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  torch::autograd::increment_version(gates);
+  return lstm_cell_backward_(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 
 template <at::DeviceType device>
@@ -148,8 +238,15 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
   const auto cast = [dtype](const auto& tensor) {
     return at::autocast::cached_cast(dtype, tensor, device);
   };
-  return lstm_cell(cast(input), cast(hx), cast(cx), cast(weight_ih), cast(weight_hh), cast(bias_ih),
-                   cast(bias_hh));
+  const auto step = [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    return lstm_cell(x, h, c, cast(weight_ih), cast(weight_hh), cast(bias_ih), cast(bias_hh));
+  };
+  if (hx && cx) return step(cast(input), cast(*hx), at::autocast::cached_cast(at::kFloat, *cx, device));
+  const Tensor x = cast(input);
+  return with_batch(x, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& zeros, const Tensor&) {
+    return step(x, zeros,
+                x.scalar_type() == dtype ? zero_state(x, weight_hh.sym_size(-1), at::kFloat) : zeros);
+  });
 }
 
 }  // namespace
@@ -162,18 +259,58 @@ State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx
   return {std::move(h), std::move(c)};
 }
 
+State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!batch_invariant(), "lstm_cell: no batch-invariant kernels for ",
+                              input.scalar_type(), " with a cell state in ", cx.scalar_type());
+  return at::lstm_cell(input, {hx, cx}, weight_ih, weight_hh, bias_ih, bias_hh);
+}
+
+Gradients lstm_cell_backward_composed(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                      const Tensor& gates, const OptionalTensor& input,
+                                      const OptionalTensor& hx, const Tensor& cx,
+                                      const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                      std::array<bool, 7> output_mask) {
+  check_needed(input, hx, weight_ih, weight_hh, output_mask);
+  const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+  Arguments found = composed_gradients(
+      tensor(grad_h), tensor(grad_c), {tensor(input), tensor(hx), cx, tensor(weight_ih), tensor(weight_hh)},
+      gates, output_mask);
+  for (int i = 0; i < kArguments; i++)
+    if (!output_mask[i]) found[i] = at::empty({0}, (i == kCx ? cx : gates).options());
+  return std::tuple_cat(found);
+}
+
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh) {
-  checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-          [](const Tensor& x, const Tensor& h, const Tensor&) -> State { return {h, h}; });
+  with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+    const bool kernel = has_kernel(x.scalar_type(), c.scalar_type());
+    (kernel ? check_step : check_shapes)(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+    return {h, c};
+  });
 }
 
 }  // namespace lstmfused
 
 TORCH_LIBRARY_IMPL(lstmfused, Autograd, m) {
   m.impl("lstm_cell", lstmfused::differentiable);
-  m.impl("lstm_cell_forward", lstmfused::forward_differentiable);
+  m.impl("lstm_cell_forward", lstmfused::differentiable_forward);
+  m.impl("lstm_cell_backward", lstmfused::differentiable_backward<false>);
+  m.impl("lstm_cell_backward_", lstmfused::differentiable_backward<true>);
+}
+TORCH_LIBRARY_IMPL(lstmfused, ADInplaceOrView, m) {
+  m.impl("lstm_cell_backward_", lstmfused::backward_in_place);
+}
+// Under vmap, torch.func's and that of is_grads_batched, whose rules then are those of torch's operators.
+TORCH_LIBRARY_IMPL(lstmfused, FuncTorchBatched, m) {
+  m.impl("lstm_cell_backward", lstmfused::lstm_cell_backward_composed);
+  m.impl("lstm_cell_backward_", lstmfused::lstm_cell_backward_composed);
+}
+TORCH_LIBRARY_IMPL(lstmfused, Batched, m) {
+  m.impl("lstm_cell_backward", lstmfused::lstm_cell_backward_composed);
+  m.impl("lstm_cell_backward_", lstmfused::lstm_cell_backward_composed);
 }
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCPU, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(lstmfused, AutocastCUDA, m) { m.impl("lstm_cell", lstmfused::autocast<at::kCUDA>); }

@@ -1,6 +1,7 @@
 // What every operator that a module calls has to ask of its arguments: batched or not, with a state or
 // without, in forward mode or not.
 #pragma once
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/zeros.h>
 
 #include "checks.h"
@@ -9,6 +10,18 @@ namespace lstmfused {
 
 // In forward mode. torch's own question, isFwGradDefined, takes a copy of the tensor to be asked.
 inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
+// (B, H) zeros beside x (B, I). Of many, one row stands for all: torch fills so much in parallel, which
+// would hang after fork. A subclass, as DTensor is, makes zeros of its own kind.
+inline Tensor zero_state(const Tensor& x, const c10::SymInt& units, at::ScalarType dtype) {
+  const c10::SymInt batch = x.sym_size(0);
+  if (x.unsafeGetTensorImpl()->is_python_dispatch()) return x.new_zeros_symint({batch, units}, dtype);
+  const auto rows = batch.maybe_as_int(), columns = units.maybe_as_int();
+  constexpr int64_t kParallel = 32768;
+  const bool many = rows && columns && *rows * *columns >= kParallel;
+  const Tensor zeros = at::zeros_symint({many ? 1 : batch, units}, x.options().dtype(dtype));
+  return many ? zeros.expand({*rows, *columns}) : zeros;
+}
 
 // body gets batched arguments of the right ranks; units() is asked only where there is no state.
 template <class Units, class Body>
@@ -24,7 +37,7 @@ State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTe
   if (hx) {
     next = body(*x, *batch(*hx), *batch(*cx));
   } else {
-    const Tensor zeros = at::zeros_symint({x->sym_size(0), units()}, x->options());
+    const Tensor zeros = zero_state(*x, units(), x->scalar_type());
     next = body(*x, zeros, zeros);
   }
   if (batched) return next;

@@ -79,21 +79,21 @@ void check_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, const 
   check_shape<Sizes>("weight_ih", weight_ih, units * 4, Sizes::size(input, 1));
   check_shape<Sizes>("weight_hh", weight_hh, units * 4, units);
 
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() > 1,
-                              "\"lstm_cell\" not implemented for '", input.scalar_type(), "'");
-  check_like("input", input, input);
-  check_like("hx[0]", hx, input);
-  check_like("hx[1]", cx, input);
-  check_like("weight_ih", weight_ih, input);
-  check_like("weight_hh", weight_hh, input);
   const auto check_bias = [&](const char* name, const OptionalTensor& bias) {
     if (!bias || !bias->defined()) return;
     TORCH_CHECK(bias->dim() == 1 && Sizes::size(*bias, 0) == units * 4, "lstm_cell: expected ", name,
                 " of shape [", units * 4, "], got ", bias->sym_sizes());
-    check_like(name, *bias, input);
   };
   check_bias("bias_ih", bias_ih);
   check_bias("bias_hh", bias_hh);
+}
+
+// c may be in float32 beside a half type.
+void check_cell(const char* name, const Tensor& cell, const Tensor& input) {
+  check_place(name, cell, input);
+  TORCH_CHECK_NOT_IMPLEMENTED(has_kernel(input.scalar_type(), cell.scalar_type()),
+                              "\"lstm_cell\" not implemented for '", input.scalar_type(), "' with ", name,
+                              " in '", cell.scalar_type(), "'");
 }
 
 template <class Sizes>
@@ -119,13 +119,25 @@ void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTe
               input.dim(), "-D but got (", hx->dim(), "-D, ", cx->dim(), "-D) tensors");
 }
 
-void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+void check_shapes(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                  const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   const bool any = symbolic(input) || symbolic(hx) || symbolic(cx) || symbolic(weight_ih) ||
                    symbolic(weight_hh) || (bias_ih && symbolic(*bias_ih)) ||
                    (bias_hh && symbolic(*bias_hh));
   const auto check = any ? check_sizes<Symbols> : check_sizes<Numbers>;
   check(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+}
+
+void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  check_shapes(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  check_place("input", input, input);
+  check_like("hx[0]", hx, input);
+  check_cell("hx[1]", cx, input);
+  check_like("weight_ih", weight_ih, input);
+  check_like("weight_hh", weight_hh, input);
+  if (bias_ih && bias_ih->defined()) check_like("bias_ih", *bias_ih, input);
+  if (bias_hh && bias_hh->defined()) check_like("bias_hh", *bias_hh, input);
 }
 
 void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
@@ -158,17 +170,45 @@ void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const
 }
 
 void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
-                    const Tensor& cx) {
-  const c10::SymInt batch = cx.sym_size(0), units = cx.sym_size(1);
-  check_shape<Symbols>("gates", gates, batch, units * 4);
-  check_like("gates", gates, cx);
-  const auto check_grad = [&](const char* name, const OptionalTensor& grad) {
-    if (!grad || !grad->defined()) return;
-    check_shape<Symbols>(name, *grad, batch, units);
-    check_like(name, *grad, cx);
+                    const OptionalTensor& input, const OptionalTensor& hx, const Tensor& cx,
+                    const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                    const std::array<bool, 7>& wanted) {
+  TORCH_CHECK(cx.dim() == 2, "lstm_cell: expected hx[1] of shape [batch, units], got ", cx.sizes());
+  const int64_t batch = cx.size(0), units = cx.size(1);
+  const auto check = [&](const char* name, const OptionalTensor& tensor, int64_t rows, int64_t columns) {
+    if (!tensor || !tensor->defined()) return;
+    check_shape<Numbers>(name, *tensor, rows, columns);
+    check_like(name, *tensor, gates, "gates");
   };
-  check_grad("grad_h", grad_h);
-  check_grad("grad_c", grad_c);
+  check("gates", gates, batch, units * 4);
+  check_cell("hx[1]", cx, gates);
+  check("grad_h", grad_h, batch, units);
+  if (grad_c && grad_c->defined()) {
+    check_shape<Numbers>("grad_c", *grad_c, batch, units);
+    check_like("grad_c", *grad_c, cx, "hx[1]");
+  }
+  // Both name the same input size, whatever that is.
+  const Tensor& wide = input && input->defined()           ? *input
+                       : weight_ih && weight_ih->defined() ? *weight_ih
+                                                           : cx;
+  const int64_t inputs = wide.dim() == 2 ? wide.size(1) : 0;
+  check("input", input, batch, inputs);
+  check("hx[0]", hx, batch, units);
+  check("weight_ih", weight_ih, units * 4, inputs);
+  check("weight_hh", weight_hh, units * 4, units);
+  check_needed(input, hx, weight_ih, weight_hh, wanted);
+}
+
+void check_needed(const OptionalTensor& input, const OptionalTensor& hx, const OptionalTensor& weight_ih,
+                  const OptionalTensor& weight_hh, const std::array<bool, 7>& wanted) {
+  const auto check = [&](int gradient, const char* of, const OptionalTensor& factor, const char* name) {
+    TORCH_CHECK(!wanted[gradient] || (factor && factor->defined()), "lstm_cell: the gradient of ", of,
+                " takes ", name);
+  };
+  check(0, "input", weight_ih, "weight_ih");
+  check(1, "hx[0]", weight_hh, "weight_hh");
+  check(3, "weight_ih", input, "input");
+  check(4, "weight_hh", hx, "hx[0]");
 }
 
 }  // namespace lstmfused

@@ -1,5 +1,6 @@
 #include "composed.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -9,6 +10,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "cell_math.h"
+#include "checks.h"
 
 namespace lstmfused {
 namespace {
@@ -38,6 +40,9 @@ Gates<Term> split(const OptionalTensor& gates) {
   const auto parts = gates->chunk(4, -1);
   return {{parts[0]}, {parts[1]}, {parts[2]}, {parts[3]}};
 }
+
+// In the type that sums are formed in.
+Tensor wide(const Tensor& tensor) { return tensor.to(at::toOpMathType(tensor.scalar_type())); }
 
 // The gates side by side, (B, 4H); `like` is (B, H).
 Tensor join(const Term& i, const Term& f, const Term& g, const Term& o, const Tensor& like) {
@@ -72,8 +77,9 @@ StateAndGates composed_forward(const Arguments& a) {
       product(a[kInput], a[kWeightIh], a[kBiasIh]).add(product(a[kHx], a[kWeightHh], a[kBiasHh]));
   const Gates<Term> gate = activate<TermMath>(split(sums));
   const Term c = next_cell(gate, Term{a[kCx]});
-  const Tensor h = next_hidden<TermMath>(gate, c).tensor.to(sums.scalar_type());
-  return {h, c.tensor, join(gate.i, gate.f, gate.g, gate.o, a[kCx])};
+  const Tensor h = next_hidden<TermMath>(gate, c).tensor;
+  return {has_kernel(sums.scalar_type(), c.tensor.scalar_type()) ? h.to(sums.scalar_type()) : h, c.tensor,
+          join(gate.i, gate.f, gate.g, gate.o, a[kCx])};
 }
 
 StateAndGates composed_step(const Arguments& arguments) {
@@ -87,7 +93,7 @@ StateAndGates composed_step(const Arguments& arguments) {
 Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const Arguments& a,
                              const Tensor& gates, const Wanted& wanted) {
   Term grad_cx{grad_c};
-  const Gates<Term> grad = step_backward<TermMath>(split(gates), Term{a[kCx]}, Term{grad_h}, grad_cx);
+  const Gates<Term> grad = step_backward<TermMath>(split(wide(gates)), Term{a[kCx]}, Term{grad_h}, grad_cx);
   const Tensor sums = join(grad.i, grad.f, grad.g, grad.o, a[kCx]).to(gates.scalar_type());
   Arguments result = products(sums, a, wanted);
   if (wanted[kCx])
@@ -97,8 +103,9 @@ Arguments composed_gradients(const Tensor& grad_h, const Tensor& grad_c, const A
 
 Arguments composed_gradients_of_gates(const Tensor& grad_gates, const Arguments& a, const Tensor& gates,
                                       const Wanted& wanted) {
-  const Gates<Dual<Term>> gate = dual_gates(split(gates), split(grad_gates));
-  return products(join(gate.i.tangent, gate.f.tangent, gate.g.tangent, gate.o.tangent, gates), a, wanted);
+  const Gates<Dual<Term>> gate = dual_gates(split(wide(gates)), split(grad_gates));
+  const Tensor sums = join(gate.i.tangent, gate.f.tangent, gate.g.tangent, gate.o.tangent, gates);
+  return products(sums.to(gates.scalar_type()), a, wanted);
 }
 
 UnitTangents composed_unit_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,

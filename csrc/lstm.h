@@ -4,7 +4,9 @@
 // column g * H + u of a gate buffer belongs to gate g of unit u. Every matrix is row-major with
 // contiguous rows; a *_stride is the distance between rows, in elements (0 repeats one row).
 //
-// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed.
+// T is the dtype of the tensors, A = Accumulate<T> the type in which sums are formed. The cell state and
+// its gradients, cx, c, grad_c and grad_cx, are of type T or, where wide_cell says so, of type A: a T* then
+// points to A, and its stride counts A.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -46,6 +48,7 @@ struct Forward {
   T* c;                  // (B, H)
   T* gates;              // (B, 4H) activated gates, or null when no gradient is wanted
   bool batch_invariant;  // a row's result depends on nothing but the row
+  bool wide_cell = false;
 };
 
 // A step from packed weights of type W, float, bfloat16 or int8_t; everything else is float. Units come in
@@ -79,14 +82,14 @@ struct Backward {
   const T* grad_c;  // (B, H) or null for zeros
   int64_t grad_c_stride;
   const T* gates;  // (B, 4H)
-  const T* input;  // (B, I)
+  const T* input;  // (B, I) or null where grad_weight_ih is
   int64_t input_stride;
-  const T* hx;  // (B, H)
+  const T* hx;  // (B, H) or null where grad_weight_hh is
   int64_t hx_stride;
   const T* cx;  // (B, H)
   int64_t cx_stride;
-  const T* weight_ih;         // (4H, I)
-  const T* weight_hh;         // (4H, H)
+  const T* weight_ih;         // (4H, I) or null where grad_input is
+  const T* weight_hh;         // (4H, H) or null where grad_hx is
   int64_t rows;               // of the batch that scratch has room for: backward_rows(), or B
   X* grad_gates;              // (rows, 4H) scratch, or gates themselves, which are overwritten
   int64_t grad_gates_stride;  // backward_stride(), or as it is
@@ -99,6 +102,7 @@ struct Backward {
   // (4H): the same numbers, each for its bias
   T* grad_bias_ih;
   T* grad_bias_hh;
+  bool wide_cell = false;
 };
 
 // The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums

@@ -29,17 +29,18 @@ TORCH_LIBRARY(lstmfused, m) {
       "lstm_cell_forward(Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih, Tensor? bias_hh) -> (Tensor h, Tensor c, Tensor gates)",
       {at::Tag::pt2_compliant_tag});
-  // a gradient that output_mask does not ask for has no element
+  // A gradient that output_mask does not ask for has no element. grad_input takes weight_ih, grad_hx
+  // weight_hh, grad_weight_ih input and grad_weight_hh hx: what is not needed may be left out.
   m.def(
-      "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor input, Tensor hx, "
-      "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
+      "lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor? input, Tensor? hx, "
+      "Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
   // gates may become anything
   m.def(
-      "lstm_cell_backward_(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor input, Tensor hx, "
-      "Tensor cx, Tensor weight_ih, Tensor weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
+      "lstm_cell_backward_(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor? input, Tensor? hx, "
+      "Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
@@ -89,6 +90,13 @@ State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTen
   return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
 }
 
+State redispatch_lstm_cell(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                           const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
+  LSTMFUSED_HANDLE(lstm_cell);
+  return handle.redispatch(keys, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+}
+
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
                                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
@@ -97,17 +105,17 @@ StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Ten
 }
 
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                             const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                             const Tensor& weight_ih, const Tensor& weight_hh,
-                             std::array<bool, 7> output_mask) {
+                             const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
+                             const Tensor& cx, const OptionalTensor& weight_ih,
+                             const OptionalTensor& weight_hh, std::array<bool, 7> output_mask) {
   LSTMFUSED_HANDLE(lstm_cell_backward);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 
 Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                              const Tensor& weight_ih, const Tensor& weight_hh,
-                              std::array<bool, 7> output_mask) {
+                              const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
+                              const Tensor& cx, const OptionalTensor& weight_ih,
+                              const OptionalTensor& weight_hh, std::array<bool, 7> output_mask) {
   LSTMFUSED_HANDLE(lstm_cell_backward_);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }

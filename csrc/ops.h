@@ -34,17 +34,21 @@ inline OptionalTensor optional(const Tensor& tensor) {
 State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                 const OptionalTensor& bias_hh);
+// The same from within a kernel, by the keys that are left: cheaper than to ask the arguments again.
+State redispatch_lstm_cell(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                           const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
+                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 StateAndGates lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                 const Tensor& weight_ih, const Tensor& weight_hh,
                                 const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                             const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                             const Tensor& weight_ih, const Tensor& weight_hh,
-                             std::array<bool, 7> output_mask);
+                             const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
+                             const Tensor& cx, const OptionalTensor& weight_ih,
+                             const OptionalTensor& weight_hh, std::array<bool, 7> output_mask);
 Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                              const Tensor& gates, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                              const Tensor& weight_ih, const Tensor& weight_hh,
-                              std::array<bool, 7> output_mask);
+                              const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
+                              const Tensor& cx, const OptionalTensor& weight_ih,
+                              const OptionalTensor& weight_hh, std::array<bool, 7> output_mask);
 
 // The gradients, as an operator that can be differentiated itself; and the tangents of step and gradients.
 std::vector<Tensor> lstm_cell_gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
@@ -66,12 +70,24 @@ State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const Opti
                        const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
                        int64_t input_size, int64_t hidden_size);
 
+// torch's own cell, for the dtypes without kernels: see has_kernel.
+State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                      const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh);
+
 // The step in torch's own differentiable operators, for the derivatives that the kernels do not compute
 // (forward mode, gradients of gradients) and for weights that differ from batch to batch: every argument
 // may have a further dimension in front.
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh);
+
+// lstm_cell_backward, likewise.
+Gradients lstm_cell_backward_composed(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                      const Tensor& gates, const OptionalTensor& input,
+                                      const OptionalTensor& hx, const Tensor& cx,
+                                      const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                      std::array<bool, 7> output_mask);
 
 // Whether a row of h and c is to depend on nothing but the row, to the bit: for the whole process.
 bool batch_invariant();

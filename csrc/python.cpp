@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
 
+#include "checks.h"
 #include "cpu/variant.h"
 #include "ops.h"
 #ifdef LSTMFUSED_CUDA
@@ -31,8 +32,10 @@ template <class T>
 void check(PyObject* object, const char* name) {
   if constexpr (!std::is_same_v<T, int64_t>) {
     const bool none = std::is_same_v<T, OptionalTensor> && object == Py_None;
-    TORCH_CHECK_TYPE(none || THPVariable_Check(object), "lstm_cell(): argument '", name,
-                     "' must be Tensor, not ", Py_TYPE(object)->tp_name);
+    // What is no Tensor may know what to do with a call, as torch.fx's Proxy does.
+    TORCH_CHECK_TYPE(
+        none || THPVariable_Check(object) || PyObject_HasAttrString(object, "__torch_function__"),
+        "lstm_cell(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
   }
 }
 
@@ -131,6 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   if (PyModule_AddFunctions(m.ptr(), lstmfused::methods)) throw pybind11::error_already_set();
   m.def("lstm_cell_composed", &lstmfused::lstm_cell_composed,
         pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("has_kernel", &lstmfused::has_kernel);
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
   m.def("batch_invariant", &lstmfused::batch_invariant);
@@ -140,6 +144,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_architectures") = LSTMFUSED_CUDA;
   m.def("set_cuda_path", &lstmfused::cuda::set_path);
   m.def("cuda_path", &lstmfused::cuda::path);
+  m.def("cuda_paths_on", &lstmfused::cuda::paths_on);
 #else
   m.attr("cuda_architectures") = "";
 #endif

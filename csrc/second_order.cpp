@@ -14,6 +14,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -154,13 +155,12 @@ struct GatesOf : torch::autograd::Function<GatesOf> {
   static Tensor forward(AutogradContext* context, const OptionalTensor& input, const OptionalTensor& hx,
                         const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
                         const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const Done& done) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor gates = done.gates.detach();
     variable_list saved;
-    for (const auto& tensor : {input, hx, weight_ih, weight_hh, bias_ih, bias_hh, OptionalTensor(gates)})
+    for (const auto& tensor :
+         {input, hx, weight_ih, weight_hh, bias_ih, bias_hh, OptionalTensor(done.gates)})
       saved.push_back(tensor.value_or(Tensor()));
     context->save_for_backward(std::move(saved));
-    return gates;
+    return done.gates;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -179,14 +179,22 @@ struct GatesOf : torch::autograd::Function<GatesOf> {
   }
 };
 
+}  // namespace
+
 // In a transform, and in forward mode, the arguments have to make the gates again: there the levels below
 // would not see what a Function knows.
 Tensor with_history(const Tensor& gates, const Arguments& a) {
-  if (in_transform() || Asked(a).tangents) return std::get<2>(composed_forward(a));
-  return GatesOf::apply(optional(a[kInput]), optional(a[kHx]), optional(a[kWeightIh]),
-                        optional(a[kWeightHh]), optional(a[kBiasIh]), optional(a[kBiasHh]),
-                        Done{gates, {}});
+  if (whole(a) && (in_transform() || Asked(a).tangents)) return std::get<2>(composed_forward(a));
+  TORCH_CHECK_NOT_IMPLEMENTED(whole(a) || !a[kCx].key_set().has(c10::DispatchKey::FuncTorchGradWrapper),
+                              "lstm_cell: a transform of the gradients of a step outside it has no third "
+                              "derivatives: take the step "
+                              "inside it");
+  return apply_function<GatesOf>(optional(a[kInput]), optional(a[kHx]), optional(a[kWeightIh]),
+                                 optional(a[kWeightHh]), optional(a[kBiasIh]), optional(a[kBiasHh]),
+                                 Done{gates.detach(), {}});
 }
+
+namespace {
 
 // ---------------------------------------------------------------------------------------------------
 // The operators: below autograd, what autograd makes of them, and under vmap
@@ -194,9 +202,13 @@ Tensor with_history(const Tensor& gates, const Arguments& a) {
 std::vector<Tensor> gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                               const Tensors& arguments, const Tensor& gates, Wanted wanted) {
   const Arguments a = array(arguments);
-  return std::apply([](auto&&... gradient) { return std::vector<Tensor>{std::move(gradient)...}; },
-                    lstm_cell_backward(grad_h, grad_c, gates, a[kInput], a[kHx], a[kCx], a[kWeightIh],
-                                       a[kWeightHh], wanted));
+  const auto beside = [&](Argument factor, Argument other) {
+    return wanted[other] ? optional(a[factor]) : std::nullopt;
+  };
+  return std::apply(
+      [](auto&&... gradient) { return std::vector<Tensor>{std::move(gradient)...}; },
+      lstm_cell_backward(grad_h, grad_c, gates, beside(kInput, kWeightIh), beside(kHx, kWeightHh), a[kCx],
+                         beside(kWeightIh, kInput), beside(kWeightHh, kHx), wanted));
 }
 
 // By torch's operators, from gates that have a history of their own, or need none.
@@ -211,7 +223,10 @@ std::vector<Tensor> gradients_derived(const OptionalTensor& grad_h, const Option
                                       const Tensors& arguments, const Tensor& gates, Wanted wanted) {
   const Arguments a = array(arguments);
   const Asked asked(grad_h, grad_c, a);
-  if (asked.tangents && asked.gradients)
+  // A subclass may know torch's operators only.
+  const bool subclass = gates.unsafeGetTensorImpl()->is_python_dispatch() &&
+                        c10::impl::TorchDispatchModeTLS::stack_len() == 0;
+  if (asked.gradients && (asked.tangents || subclass))
     return gradients_from(grad_h, grad_c, arguments, with_history(gates, a), wanted);
 
   Done done{gates, {}};
@@ -272,7 +287,8 @@ bool asked_below_vmap(const Arguments& arguments) {
     if (!tensor.defined()) return false;
     const auto* stack = at::functorch::maybeGetBatchedImpl(tensor);
     const Tensor& value = stack ? stack->value() : tensor;
-    return value.key_set().has_any(kTransformed) || value.requires_grad() || tangent_of(value);
+    return value.key_set().has_any(kTransformed) || tangent_of(value) ||
+           (at::GradMode::is_enabled() && value.requires_grad());
   });
 }
 
@@ -285,7 +301,8 @@ StateAndGates forward_batched(const Tensor& input, const Tensor& hx, const Tenso
 
 Tensor gates_under_vmap(const Tensor& gates, const Tensors& arguments) {
   const Arguments a = array(arguments);
-  return asked_below_vmap(a) ? std::get<2>(composed_forward(a)) : gates;
+  if (!asked_below_vmap(a)) return gates;
+  return whole(a) ? std::get<2>(composed_forward(a)) : with_history(gates, a);
 }
 
 std::vector<Tensor> gradients_batched(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
@@ -318,9 +335,8 @@ TORCH_LIBRARY_IMPL(lstmfused, FuncTorchBatched, m) {
   m.impl("lstm_cell_gradients", lstmfused::gradients_batched);
   m.impl("lstm_cell_tangents", lstmfused::tangents_batched);
 }
-// The vmap of is_grads_batched loops over what it does not know, but not over lists. It has autograd above
-// it and nothing below, so that the gates need no history.
+// The vmap of is_grads_batched loops over what it does not know, but not over lists.
 TORCH_LIBRARY_IMPL(lstmfused, Batched, m) {
-  m.impl("lstm_cell_gradients", lstmfused::gradients_from);
-  m.impl("lstm_cell_tangents", lstmfused::tangents_from);
+  m.impl("lstm_cell_gradients", lstmfused::gradients_batched);
+  m.impl("lstm_cell_tangents", lstmfused::tangents_batched);
 }

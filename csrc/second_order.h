@@ -74,4 +74,15 @@ inline void set_tangent(const Tensor& tensor, const Tensor& tangent) {
   tensor._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
+// Whether the arguments are all there. A step that saved no more than its gradients take has none in the
+// place of a factor that it does not need, or a number that stands for its edge in the graph.
+inline bool whole(const Arguments& arguments) {
+  for (int i = 0; i < kArguments; i++)
+    if (arguments[i].defined() ? arguments[i].dim() == 0 : i < kBiasIh) return false;
+  return true;
+}
+
+// Known gates as a function of the arguments, to be differentiated to any order.
+Tensor with_history(const Tensor& gates, const Arguments& arguments);
+
 }  // namespace lstmfused

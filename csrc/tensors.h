@@ -2,6 +2,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <cstring>
+
 #include "checks.h"
 #include "lstm.h"
 #include "ops.h"
@@ -33,6 +35,15 @@ T* out(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
+// Contiguous memory to zeros. On the CPU by this thread: after fork, torch's fill in parallel would hang.
+inline void set_zero(const Tensor& tensor) {
+  if (!tensor.numel()) return;
+  if (tensor.is_cpu())
+    std::memset(tensor.mutable_data_ptr(), 0, tensor.nbytes());
+  else
+    tensor.zero_();
+}
+
 struct ForwardTensors {
   int64_t B, I, H;
   MaybeOwned input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh;
@@ -55,7 +66,8 @@ struct ForwardTensors {
             out<T>(h),
             out<T>(c),
             out<T>(gates),
-            batch_invariant()};
+            batch_invariant(),
+            cx->scalar_type() != input->scalar_type()};
   }
 };
 
@@ -79,13 +91,16 @@ struct BackwardTensors {
   int64_t B, I, H;
   MaybeOwned grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh;
 
-  // The gradients that are wanted, uninitialized, by make(shape); the others have no element. A batch of
-  // nothing still has weight gradients.
+  // The gradients that are wanted, by make(shape, dtype); the others have no element. They are
+  // uninitialized, but zeros where there is no state to be computed from: no row still has weight
+  // gradients, and no unit those of the input.
   template <class Make>
   Gradients gradients(const std::array<bool, 7>& wanted, const Make& make) const {
     const auto gradient = [&](int index, at::IntArrayRef shape) {
-      const Tensor tensor = make(wanted[index] ? shape : at::IntArrayRef{0});
-      return B ? tensor : tensor.zero_();
+      const Tensor tensor =
+          make(wanted[index] ? shape : at::IntArrayRef{0}, (index == 2 ? cx : gates)->scalar_type());
+      if (!B || !H) set_zero(tensor);
+      return tensor;
     };
     return {gradient(0, {B, I}),     gradient(1, {B, H}),  gradient(2, {B, H}), gradient(3, {4 * H, I}),
             gradient(4, {4 * H, H}), gradient(5, {4 * H}), gradient(6, {4 * H})};
@@ -105,9 +120,9 @@ struct BackwardTensors {
             row_stride(*grad_c),
             in<T>(*gates),
             in<T>(*input),
-            input->stride(0),
+            row_stride(*input),
             in<T>(*hx),
-            hx->stride(0),
+            row_stride(*hx),
             in<T>(*cx),
             cx->stride(0),
             in<T>(*weight_ih),
@@ -121,19 +136,21 @@ struct BackwardTensors {
             out<T>(grad_weight_ih),
             out<T>(grad_weight_hh),
             out<T>(grad_bias_ih),
-            out<T>(grad_bias_hh)};
+            out<T>(grad_bias_hh),
+            cx->scalar_type() != gates->scalar_type()};
   }
 };
 
 inline BackwardTensors backward_tensors(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                                        const Tensor& gates, const Tensor& input, const Tensor& hx,
-                                        const Tensor& cx, const Tensor& weight_ih,
-                                        const Tensor& weight_hh) {
-  check_step(input, hx, cx, weight_ih, weight_hh, {}, {});
-  check_backward(grad_h, grad_c, gates, cx);
-  return {input.size(0), input.size(1),         hx.size(1),           rows(grad_h),
-          rows(grad_c),  contiguous(gates),     rows(input),          rows(hx),
-          rows(cx),      contiguous(weight_ih), contiguous(weight_hh)};
+                                        const Tensor& gates, const OptionalTensor& input,
+                                        const OptionalTensor& hx, const Tensor& cx,
+                                        const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                        const std::array<bool, 7>& wanted) {
+  check_backward(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, wanted);
+  const OptionalTensor& wide = input ? input : weight_ih;
+  return {cx.size(0),   wide ? wide->size(1) : 0, cx.size(1),           rows(grad_h),
+          rows(grad_c), contiguous(gates),        rows(input),          rows(hx),
+          rows(cx),     contiguous(weight_ih),    contiguous(weight_hh)};
 }
 
 }  // namespace lstmfused

@@ -2,11 +2,13 @@
 
 __version__ = "0.1.0"
 
-from . import functional, reference
+from . import _integrations, functional, reference
+from ._integrations.decompositions import decompositions
 from ._ops import build_info
+from .convert import fuse, unfuse
 from .frozen import FrozenLSTMCell, freeze
 from .invariance import batch_invariant, is_batch_invariant, set_batch_invariant
-from .modules import LazyLSTMCell, LSTMCell, fuse, unfuse
+from .modules import LazyLSTMCell, LSTMCell
 
 __all__ = [
     "FrozenLSTMCell",
@@ -14,6 +16,7 @@ __all__ = [
     "LazyLSTMCell",
     "batch_invariant",
     "build_info",
+    "decompositions",
     "freeze",
     "functional",
     "fuse",
@@ -22,3 +25,5 @@ __all__ = [
     "set_batch_invariant",
     "unfuse",
 ]
+
+_integrations.register()

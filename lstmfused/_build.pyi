@@ -1,2 +1,3 @@
 TORCH: str
 VARIANTS: str
+SOURCES: str

@@ -42,39 +42,41 @@ def _fake_step(
 ) -> tuple[Tensor, Tensor]:
     _C.check_lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
     shape = (*input.shape[:-1], weight_hh.shape[1])
-    return input.new_empty(shape), input.new_empty(shape)
+    cell = input.dtype if cx is None else cx.dtype
+    if _C.has_kernel(input.dtype, cell):
+        return input.new_empty(shape), input.new_empty(shape, dtype=cell)
+    # What torch's own cell makes of them.
+    state = [input.new_zeros(shape) if t is None else t for t in (hx, cx)]
+    x, h, c = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, *state))
+    h, c = torch._VF.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)
+    return h.view(shape), c.view(shape)
 
 
 def _fake_forward(
     input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H = hx.shape
-    return input.new_empty(B, H), input.new_empty(B, H), input.new_empty(B, 4 * H)
+    return input.new_empty(B, H), cx.new_empty(B, H), input.new_empty(B, 4 * H)
 
 
 def _fake_backward(
     grad_h: Tensor | None,
     grad_c: Tensor | None,
     gates: Tensor,
-    input: Tensor,
-    hx: Tensor,
+    input: Tensor | None,
+    hx: Tensor | None,
     cx: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    shapes = [
-        input.shape,
-        hx.shape,
-        cx.shape,
-        weight_ih.shape,
-        weight_hh.shape,
-        weight_hh.shape[:1],
-        weight_hh.shape[:1],
-    ]
+    B, H = cx.shape
+    wide = input if input is not None else weight_ih
+    I = 0 if wide is None else wide.shape[1]
+    shapes = [(B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
     return tuple(
-        input.new_empty(shape if wanted else (0,))
-        for shape, wanted in zip(shapes, output_mask, strict=True)
+        (cx if index == 2 else gates).new_empty(shape if wanted else (0,))
+        for index, (shape, wanted) in enumerate(zip(shapes, output_mask, strict=True))
     )
 
 
@@ -88,7 +90,13 @@ def _fake_frozen(
 
 def _rounded(t: Tensor | None, dtype: torch.dtype) -> Any:
     """What autocast does to an argument."""
-    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+    rounds = t is not None and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if rounds else t  # type: ignore[union-attr]
+
+
+def _one(t: Any, dim: int | None) -> Any:
+    """One step's argument, or another like it, for there may be no step."""
+    return t if dim is None else t.new_empty(t.movedim(dim, 0).shape[1:])
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, tuple[int, int]]:
@@ -100,17 +108,19 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
     device = given[0].device.type
     if torch.is_autocast_enabled(device):  # which comes after vmap
         dtype = torch.get_autocast_dtype(device)
+        cast = [_rounded(t, torch.float32 if i == 2 else dtype) for i, t in enumerate(given)]
+        if cast[1] is None and cast[2] is None:  # a state of zeros
+            x, weight_hh = _one(cast[0], in_dims[0]), _one(cast[4], in_dims[4])
+            h = x.new_zeros(*x.shape[:-1], weight_hh.shape[-1])
+            cast[1:3] = h, h.float() if x.dtype == dtype else h
         with torch.autocast(device, enabled=False):
-            return _vmap(info, in_dims, *(_rounded(t, dtype) for t in given))
+            return _vmap(info, in_dims, *cast)
 
     V, absent = info.batch_size, (None,) * (7 - len(given))  # biases that were not even named
     given, in_dims = given + absent, in_dims + absent
     dims = list(zip(given, in_dims, strict=True))
     stack = [t if d is None else t.movedim(d, 0) for t, d in dims]
-    # One step's arguments, or others like them, for V may be 0.
-    one = [
-        t if d is None else s.new_empty(s.shape[1:]) for s, (t, d) in zip(stack, dims, strict=True)
-    ]
+    one = [_one(t, d) for t, d in dims]
     _C.check_lstm_cell(*one)
     batched = one[0].dim() == 2
 
@@ -146,6 +156,7 @@ def build_info() -> dict[str, str]:
         "lstmfused": __version__,
         "built for torch": _build.TORCH,
         "running torch": torch.__version__,
+        "digest of the sources": _build.SOURCES,
         "compiler": _C.compiler,
         "cpu kernels built": _build.VARIANTS,
         "cpu kernel": _C.cpu_kernel(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,28 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._integrations.script import scripted_as
 from ._ops import _C
-from .functional import bad_state
+from .functional import pair
 from .modules import LazyLSTMCell, LSTMCell
 
 __all__ = ["FrozenLSTMCell", "freeze"]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 UNITS, MULTIPLE = 16, 4  # kFrozenUnits and kFrozenMultiple of csrc/lstm.h
+
+
+def _scripted(
+    self: FrozenLSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    h: Tensor | None = None
+    c: Tensor | None = None
+    if hx is not None:
+        h, c = hx
+    next_h, next_c = torch.ops.lstmfused.lstm_cell_frozen(
+        input, h, c, self.weight, self.bias, self.scale, self.input_size, self.hidden_size
+    )
+    return next_h, next_c
 
 
 class FrozenLSTMCell(nn.Module):
@@ -59,9 +74,10 @@ class FrozenLSTMCell(nn.Module):
         >>> h, c = frozen(torch.randn(3, 10))
     """
 
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None
+    if TYPE_CHECKING:  # TorchScript evaluates a class's annotations, which are strings here
+        weight: Tensor
+        bias: Tensor
+        scale: Tensor | None
 
     def __init__(self, cell: nn.LSTMCell, weight_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -72,7 +88,7 @@ class FrozenLSTMCell(nn.Module):
             )
         scale = None
         if weight_dtype == torch.int8:
-            largest = weight.abs().amax(1, keepdim=True)
+            largest = pad(weight.abs(), (1, 0)).amax(1, keepdim=True)  # also where I + H is 0
             if not largest.isfinite().all():
                 raise ValueError("weights that are not finite cannot be frozen to int8")
             scale = largest / 127
@@ -83,15 +99,16 @@ class FrozenLSTMCell(nn.Module):
         self.register_buffer("scale", None if scale is None else _packed(scale))
         self.training = False
 
+    @scripted_as(_scripted)
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        h: Tensor | None
+        c: Tensor | None
         if hx is None:
             h = c = None
-        elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # Tensor's is slow
-            raise bad_state(hx)
         else:
-            h, c = hx
+            h, c = hx if type(hx) is tuple and len(hx) == 2 else pair(hx)
         op = torch.ops.lstmfused.lstm_cell_frozen if is_dynamo_compiling() else _C.lstm_cell_frozen
         b: dict[str, Any] = self._buffers
         sizes = self.input_size, self.hidden_size
@@ -103,10 +120,7 @@ class FrozenLSTMCell(nn.Module):
         return self.bias.new_zeros(shape), self.bias.new_zeros(shape)
 
     def train(self, mode: bool = True) -> FrozenLSTMCell:
-        if mode:
-            raise RuntimeError(
-                "a frozen LSTM cell cannot be trained: train the cell it was made from"
-            )
+        """Stays in evaluation mode, whatever the model around it does."""
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -121,7 +135,8 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
 
     Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`FrozenLSTMCell`, one
     that is used in several places one that is shared by them; everything else is deep-copied, and
-    all is in evaluation mode. ``model`` itself is not changed. Subclasses are left as they are.
+    all is in evaluation mode. ``model`` itself is not changed. Subclasses, which may compute
+    something else, are left as they are: a warning tells.
 
     Args:
         model: any module, also a cell itself.
@@ -135,13 +150,18 @@ def freeze(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
         ValueError: as :class:`FrozenLSTMCell` does, for any of the cells.
     """
     frozen: dict[int, Any] = {}
+    left = []
     for name, module in model.named_modules():
         if not _is_cell(module):
+            if isinstance(module, nn.LSTMCell):
+                left.append(f"{name or 'the model'} (a subclass, {type(module).__name__})")
             continue
         try:
             frozen[id(module)] = FrozenLSTMCell(module, weight_dtype)
         except ValueError as error:
             raise ValueError(f"{name or 'model'}: {error}") from None
+    if left:
+        warnings.warn(f"left as it is: {', '.join(left)}", stacklevel=2)
     return copy.deepcopy(model, frozen).eval()
 
 
@@ -166,6 +186,10 @@ def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
         )
     if cell._forward_hooks or cell._forward_pre_hooks:
         raise ValueError("the cell has forward hooks, which a frozen cell would not run")
+    if "forward" in vars(cell):
+        raise ValueError(
+            "the cell's forward has been replaced on the instance: a frozen cell would not run it"
+        )
     for name, p in cell.named_parameters(recurse=False):
         if p.dtype != torch.float32 or p.device.type != "cpu":
             raise ValueError(
@@ -183,3 +207,19 @@ def _packed(rows: Tensor) -> Tensor:
     units, depth = rows.shape[0] // 4, rows.shape[1]
     gates = pad(rows.view(4, units, depth), (0, 0, 0, -units % MULTIPLE))
     return torch.cat([block.permute(2, 0, 1).flatten() for block in gates.split(UNITS, 1)])
+
+
+def unpacked(packed: Tensor, units: int) -> Tensor:
+    """The way back from :func:`_packed`: flat -> (4H, K)."""
+    filled = units + -units % MULTIPLE
+    depth = len(packed) // (4 * filled) if filled else 0
+    whole, rest = divmod(filled, UNITS)
+    blocks, last = packed.split([4 * depth * UNITS * whole, 4 * depth * rest])
+    gates = torch.cat(
+        [
+            blocks.view(whole, depth, 4, UNITS).permute(2, 0, 3, 1).reshape(4, -1, depth),
+            last.view(depth, 4, rest).permute(1, 2, 0),
+        ],
+        1,
+    )
+    return gates[:, :units].reshape(4 * units, depth)

@@ -7,22 +7,46 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 
+from ._integrations.script import scripted_as
 from ._ops import _C
 
 __all__ = ["lstm_cell"]
 
 
-def bad_state(hx: Any) -> Exception:
-    """What to say about a state that is no pair."""
-    if not isinstance(hx, Tensor):
-        return RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
-    return TypeError(
-        "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
-        f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
+def pair(hx: Any) -> tuple[Tensor, Tensor]:
+    """A state that is no tuple of two, as one."""
+    if isinstance(hx, Tensor):
+        raise TypeError(
+            "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
+            f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
+        )
+    if not isinstance(hx, Proxy) and len(hx) != 2:  # torch.fx's knows no length, and unpacks
+        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+    h, c = hx
+    return h, c
+
+
+def _scripted(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    h: Tensor | None = None
+    c: Tensor | None = None
+    if hx is not None:
+        h, c = hx
+    next_h, next_c = torch.ops.lstmfused.lstm_cell(
+        input, h, c, weight_ih, weight_hh, bias_ih, bias_hh
     )
+    return next_h, next_c
 
 
+@scripted_as(_scripted)
 def lstm_cell(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -53,10 +77,14 @@ def lstm_cell(
         bias_hh: (4H) or ``None``.
 
     All tensors share one dtype (float32, float64, bfloat16 or float16; the half types are summed in
-    float32) and one device. They may be non-contiguous.
+    float32) and one device. They may be non-contiguous. Beside a half type ``c`` may be float32: it
+    is then neither rounded nor are its gradients, so that it can count further than a half type.
+    Autocast keeps it so: it casts ``c`` to float32 and everything else to its own dtype. Other
+    dtypes that :class:`torch.nn.LSTMCell` takes (complex ones, ``c`` of another dtype) are left to
+    torch's cell.
 
     Returns:
-        The new state ``(h, c)``, each (B, H) or (H), in the dtype of ``input``.
+        The new state ``(h, c)``, each (B, H) or (H), in the dtypes of ``input`` and ``c``.
 
     Raises:
         ValueError: ``input``, ``h`` or ``c`` is neither 1D nor 2D.
@@ -64,12 +92,12 @@ def lstm_cell(
         RuntimeError: shapes, dtypes or devices do not fit together; the message says what was
             expected and what came.
     """
+    h: Tensor | None
+    c: Tensor | None
     if hx is None:
         h = c = None
-    elif (type(hx) is not tuple and isinstance(hx, Tensor)) or len(hx) != 2:  # Tensor's is slow
-        raise bad_state(hx)
     else:
-        h, c = hx
+        h, c = hx if type(hx) is tuple and len(hx) == 2 else pair(hx)
 
     # One operator, by the short way or by the one that a graph can see.
     step = torch.ops.lstmfused.lstm_cell if is_dynamo_compiling() else _C.lstm_cell

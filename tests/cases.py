@@ -83,7 +83,7 @@ def random_arguments(
     """
     generator = torch.Generator().manual_seed(seed + 7919 * (I + 31 * H))
     rows = () if B is None else (B,)
-    scale = 1 / math.sqrt(max(I, H))
+    scale = 1 / math.sqrt(max(I, H, 1))
 
     def uniform(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64).uniform_(-1, 1, generator=generator)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -83,6 +84,22 @@ struct Array {
       if (touched(row(r) + width, row(r + 1))) return false;
     return true;
   }
+};
+
+// The structs have one pointer type for a cell state, whatever its own.
+template <class T, class C>
+static T* as(C* cell) {
+  return reinterpret_cast<T*>(cell);
+}
+
+// What is written by a kernel.
+struct Output {
+  unsigned char* memory;
+  size_t size;
+  template <class T>
+  Output(Array<T>& array)
+      : memory(reinterpret_cast<unsigned char*>(array.memory.data())),
+        size(array.memory.size() * sizeof(T)) {}
 };
 
 // How arrays lie: aligned and dense, or each in one of several ways.
@@ -161,29 +178,30 @@ static bool are_few(int64_t B, int64_t I, int64_t H) { return (B + 8) * (I + H) 
 // Runs `step` in each setting; on one device its outputs are to be the same in every order. `after` checks
 // them.
 template <class T, class Step, class After>
-static void run(Where where, const char* name, const vector<Array<T>*>& outputs, const Step& step,
+static void run(Where where, const char* name, const vector<Output>& outputs, const Step& step,
                 const After& after) {
   where.name = name;
-  vector<vector<T>> first;
-  int device = 0;
+  vector<vector<unsigned char>> first;
+  std::pair<int, int> device{};
   for (const Setting& setting : settings) {
     where.device = setting.device;
     simt::order = setting.order;
     simt::seed++;
     simt::shared_limit = setting.device.shared_memory;
-    for (Array<T>* output : outputs) output->poison();
+    for (const Output& output : outputs) memset(output.memory, 0xff, output.size);
     if (const char* error = step(setting.device)) {
       fail(where, sizeof(T), error);
       continue;
     }
     after(where);
-    if (device != setting.device.capability) {
-      device = setting.device.capability;
+    const std::pair this_one{setting.device.capability, setting.device.multiprocessors};
+    if (device != this_one) {
+      device = this_one;
       first.clear();
-      for (Array<T>* output : outputs) first.push_back(output->memory);
+      for (const Output& output : outputs) first.emplace_back(output.memory, output.memory + output.size);
     }
     for (size_t i = 0; i < outputs.size(); i++)
-      if (!same(first[i].data(), outputs[i]->memory.data(), first[i].size()))
+      if (!same<unsigned char>(first[i].data(), outputs[i].memory, int64_t(first[i].size())))
         fail(where, sizeof(T), "not the same in every order");
   }
 }
@@ -219,8 +237,8 @@ static vector<double> products(Array<T>& input, Array<T>& hx, Array<T>& weight_i
 struct Step {
   vector<double> h, c, gates;
 };
-template <class T>
-static Step step_from(const vector<double>& sums, Array<T>& cx, Array<T>* bias_ih, Array<T>* bias_hh) {
+template <class T, class C>
+static Step step_from(const vector<double>& sums, Array<C>& cx, Array<T>* bias_ih, Array<T>* bias_hh) {
   const int64_t B = cx.rows, H = cx.width, G = 4 * H;
   Step step{vector<double>(B * H), vector<double>(B * H), vector<double>(B * G)};
   for (int64_t b = 0; b < B; b++)
@@ -240,17 +258,18 @@ static Step step_from(const vector<double>& sums, Array<T>& cx, Array<T>* bias_i
   return step;
 }
 
-template <class T>
+// C is the type of the cell state, T or Accumulate<T>.
+template <class T, class C>
 static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const int64_t G = 4 * H;
   const double scale = 1 / sqrt(double(std::max(I, H)));
   Array<T> input = layout.apart_or_repeated<T>(B, I).fill(-1, 1),
            hx = layout.apart_or_repeated<T>(B, H).fill(-1, 1),
-           cx = layout.apart_or_repeated<T>(B, H).fill(-1, 1),
            weight_ih = layout.dense<T>(G, I).fill(-scale, scale),
            weight_hh = layout.dense<T>(G, H).fill(-scale, scale),
            bias_ih = layout.dense<T>(1, G).fill(-1, 1), bias_hh = layout.dense<T>(1, G).fill(-1, 1),
-           h = layout.dense<T>(B, H), c = layout.dense<T>(B, H), gates = layout.dense<T>(B, G);
+           h = layout.dense<T>(B, H), gates = layout.dense<T>(B, G);
+  Array<C> cx = layout.apart_or_repeated<C>(B, H).fill(-1, 1), c = layout.dense<C>(B, H);
   Array<T>* const bias_of_input = layout.wanted() ? &bias_ih : nullptr;
   Array<T>* const bias_of_state = layout.wanted() ? &bias_hh : nullptr;
   const Where where{B, I, H, layout, "", {}};
@@ -263,16 +282,17 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
                       input.stride,
                       hx.data(),
                       hx.stride,
-                      cx.data(),
+                      as<T>(cx.data()),
                       cx.stride,
                       weight_ih.data(),
                       weight_hh.data(),
                       bias_of_input ? bias_ih.data() : nullptr,
                       bias_of_state ? bias_hh.data() : nullptr,
                       h.data(),
-                      c.data(),
+                      as<T>(c.data()),
                       save_gates() ? gates.data() : nullptr,
-                      /*batch_invariant=*/false};
+                      /*batch_invariant=*/false,
+                      /*wide_cell=*/sizeof(C) != sizeof(T)};
   };
   const auto compare = [&](const Where& at, const Step& expected, bool with_gates) {
     check(at, "h", h, expected.h, double(I + H));
@@ -281,22 +301,23 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   };
 
   const vector<double> sums = products(input, hx, weight_ih, weight_hh, [](double x) { return x; });
-  const Step expected = step_from(sums, cx, bias_of_input, bias_of_state);
+  const Step expected = step_from<T>(sums, cx, bias_of_input, bias_of_state);
   if (are_few(B, I, H))
     run<T>(
-        where, "forward_few_rows", {&h, &c}, [&](Device on) { return forward_few_rows(problem(), on); },
+        where, "forward_few_rows", {h, c}, [&](Device on) { return forward_few_rows(problem(), on); },
         [&](const Where& at) {
           compare(at, expected, save_gates());
           if (B == 1 || simt::order != simt::Order::kForward) return;
           for (int64_t b : {int64_t(0), B / 2, B - 1}) {
-            Array<T> row_h(1, H), row_c(1, H);
+            Array<T> row_h(1, H);
+            Array<C> row_c(1, H);
             Forward<T> p = problem();
             p.B = 1;
             p.input = input.row(b);
             p.hx = hx.row(b);
-            p.cx = cx.row(b);
+            p.cx = as<T>(cx.row(b));
             p.h = row_h.data();
-            p.c = row_c.data();
+            p.c = as<T>(row_c.data());
             p.gates = nullptr;
             if (const char* error = forward_few_rows(p, at.device)) fail(at, sizeof(T), error);
             if (!same(row_h.data(), h.row(b), H) || !same(row_c.data(), c.row(b), H))
@@ -307,48 +328,60 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   if constexpr (sizeof(T) < 8) {
     const vector<double> rounded = products(
         input, hx, weight_ih, weight_hh, [](double x) { return sizeof(T) == 4 ? to_nearest_tf32(x) : x; });
-    const Step step = step_from(rounded, cx, bias_of_input, bias_of_state);
+    const Step step = step_from<T>(rounded, cx, bias_of_input, bias_of_state);
     run<T>(
-        where, "forward_tensor_cores", {&h, &c},
+        where, "forward_tensor_cores", {h, c},
         [&](Device on) { return forward_tensor_cores(problem(), on); },
         [&](const Where& at) { compare(at, step, save_gates()); });
+    if constexpr (sizeof(T) == 2)
+      run<T>(
+          where, "forward_warpgroups", {h, c},
+          [&](Device on) {
+            return has_warpgroups<T>(on) ? forward_warpgroups(problem(), on)
+                                         : forward_tensor_cores(problem(), on);
+          },
+          [&](const Where& at) { compare(at, step, save_gates()); });
   }
 
-  if constexpr (sizeof(T) > 2) {
-    Array<T> given(B, G);
-    for (bool in_place : {false, true})
-      run<T>(
-          where, in_place ? "finish in place" : "finish", {&h, &c},
-          [&](Device on) {
-            Forward<T> p = problem();
-            Array<T>& from_sums = in_place ? gates : given;
-            for (int64_t i = 0; i < B * G; i++) from_sums.data()[i] = T(sums[i]);
-            if (in_place) p.gates = gates.data();
-            return finish(p, from_sums.data(), on);
-          },
-          [&](const Where& at) { compare(at, expected, in_place || save_gates()); });
-  }
+  Array<Accumulate<T>> given(B, G);
+  run<T>(
+      where, "finish", {h, c},
+      [&](Device on) {
+        for (int64_t i = 0; i < B * G; i++) given.data()[i] = Accumulate<T>(sums[i]);
+        return finish(problem(), given.data(), on);
+      },
+      [&](const Where& at) { compare(at, expected, save_gates()); });
+  if constexpr (sizeof(T) > 2)
+    run<T>(
+        where, "finish in place", {h, c},
+        [&](Device on) {
+          Forward<T> p = problem();
+          for (int64_t i = 0; i < B * G; i++) gates.data()[i] = T(sums[i]);
+          p.gates = gates.data();
+          return finish(p, gates.data(), on);
+        },
+        [&](const Where& at) { compare(at, expected, true); });
 }
 
 // ---------------------------------------------------------------------------------------------------
 // Backward
 
-template <class T>
+template <class T, class C>
 static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
   using A = Accumulate<T>;
   const int64_t G = 4 * H;
   const double scale = 1 / sqrt(double(std::max(I, H)));
   Array<T> input = layout.apart_or_repeated<T>(B, I).fill(-1, 1),
            hx = layout.apart_or_repeated<T>(B, H).fill(-1, 1),
-           cx = layout.apart_or_repeated<T>(B, H).fill(-1, 1),
            weight_ih = layout.dense<T>(G, I).fill(-scale, scale),
            weight_hh = layout.dense<T>(G, H).fill(-scale, scale),
-           grad_h = layout.apart_or_repeated<T>(B, H).fill(-1, 1),
-           grad_c = layout.apart_or_repeated<T>(B, H).fill(-1, 1), gates = layout.dense<T>(B, G).fill(0, 1),
-           grad_gates = layout.apart<T>(B, G), grad_cx = layout.dense<T>(B, H),
-           grad_bias_ih = layout.dense<T>(1, G), grad_bias_hh = layout.dense<T>(1, G),
-           grad_input = layout.dense<T>(B, I), grad_hx = layout.dense<T>(B, H),
-           grad_weight_ih = layout.dense<T>(G, I), grad_weight_hh = layout.dense<T>(G, H);
+           grad_h = layout.apart_or_repeated<T>(B, H).fill(-1, 1), gates = layout.dense<T>(B, G).fill(0, 1),
+           grad_gates = layout.apart<T>(B, G), grad_bias_ih = layout.dense<T>(1, G),
+           grad_bias_hh = layout.dense<T>(1, G), grad_input = layout.dense<T>(B, I),
+           grad_hx = layout.dense<T>(B, H), grad_weight_ih = layout.dense<T>(G, I),
+           grad_weight_hh = layout.dense<T>(G, H);
+  Array<C> cx = layout.apart_or_repeated<C>(B, H).fill(-1, 1),
+           grad_c = layout.apart_or_repeated<C>(B, H).fill(-1, 1), grad_cx = layout.dense<C>(B, H);
   const bool has_grad_h = layout.wanted(), has_grad_c = layout.wanted();
   const auto pointer = [&](Array<T>& output) { return layout.wanted() ? output.data() : nullptr; };
   const Backward<T, T> p{B,
@@ -356,14 +389,14 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
                          H,
                          has_grad_h ? grad_h.data() : nullptr,
                          grad_h.stride,
-                         has_grad_c ? grad_c.data() : nullptr,
+                         has_grad_c ? as<T>(grad_c.data()) : nullptr,
                          grad_c.stride,
                          gates.data(),
                          input.data(),
                          input.stride,
                          hx.data(),
                          hx.stride,
-                         cx.data(),
+                         as<T>(cx.data()),
                          cx.stride,
                          weight_ih.data(),
                          weight_hh.data(),
@@ -372,11 +405,12 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
                          grad_gates.stride,
                          pointer(grad_input),
                          pointer(grad_hx),
-                         pointer(grad_cx),
+                         layout.wanted() ? as<T>(grad_cx.data()) : nullptr,
                          pointer(grad_weight_ih),
                          pointer(grad_weight_hh),
                          pointer(grad_bias_ih),
-                         pointer(grad_bias_hh)};
+                         pointer(grad_bias_hh),
+                         /*wide_cell=*/sizeof(C) != sizeof(T)};
   const Where where{B, I, H, layout, "", {}};
 
   vector<double> dg(B * G), dc(B * H), db(G);
@@ -395,7 +429,7 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
       for (int64_t gate = 0; gate < 4; gate++) db[gate * H + u] += d[gate * H];
     }
   run<T>(
-      where, "gate_gradients", {&grad_gates, &grad_cx, &grad_bias_ih, &grad_bias_hh},
+      where, "gate_gradients", {grad_gates, grad_cx, grad_bias_ih, grad_bias_hh},
       [&](Device on) {
         Array<A> partial(bias_pieces<T>({B, I, H, false}, on), G);
         return gate_gradients(p, partial.data(), on);
@@ -433,7 +467,7 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const vector<double> dx = to_left(weight_ih), dh = to_left(weight_hh), dwi = to_weight(input),
                        dwh = to_weight(hx);
   run<T>(
-      where, "backward_few_rows", {&grad_input, &grad_hx, &grad_weight_ih, &grad_weight_hh},
+      where, "backward_few_rows", {grad_input, grad_hx, grad_weight_ih, grad_weight_hh},
       [&](Device on) { return backward_few_rows(p, on); },
       [&](const Where& at) {
         if (p.grad_input) check(at, "grad_input", grad_input, dx, double(G));
@@ -576,7 +610,8 @@ int main(int count, char**) {
   using simt::Order;
   const bool quick = count > 1;
   const Device large{90, 132, 227 << 10, nullptr, 0}, small{80, 4, 163 << 10, nullptr, 0},
-      narrow{89, 128, 99 << 10, nullptr, 0}, lone{100, 1, 227 << 10, nullptr, 0};
+      narrow{89, 128, 99 << 10, nullptr, 0}, lone{100, 1, 227 << 10, nullptr, 0},
+      lone_hopper{90, 1, 227 << 10, nullptr, 0};
   test_gpu();
   const auto test = [&](int64_t B, int64_t I, int64_t H) {
     settings = {{large, Order::kForward}, {large, Order::kBackward}, {large, Order::kGreedy}};
@@ -585,11 +620,18 @@ int main(int count, char**) {
     } else if (!quick) {  // other tiles
       settings.push_back({narrow, Order::kForward});
       settings.push_back({lone, Order::kGreedy});
+      settings.push_back({lone_hopper, Order::kForward});
+      settings.push_back({lone_hopper, Order::kGreedy});
     }
     if (!quick) settings.push_back({small, Order::kGreedy});
     const auto test_type = [&](auto zero, Layout layout) {
-      test_forward<decltype(zero)>(B, I, H, layout);
-      test_backward<decltype(zero)>(B, I, H, layout);
+      using T = decltype(zero);
+      test_forward<T, T>(B, I, H, layout);
+      test_backward<T, T>(B, I, H, layout);
+      if constexpr (sizeof(T) == 2) {
+        test_forward<T, float>(B, I, H, layout);
+        test_backward<T, float>(B, I, H, layout);
+      }
     };
     for (const Layout layout : {Layout{false}, Layout{true}}) {
       test_type(float{}, layout);
@@ -599,13 +641,13 @@ int main(int count, char**) {
       test_type(bfloat16{}, layout);
     }
   };
-  constexpr int64_t kQuick[][3] = {{2, 3, 7}, {9, 72, 72}, {20, 99, 67}};
-  constexpr int64_t kAll[][3] = {{1, 1, 1},     {1, 130, 64},  {1, 72, 64},    {2, 3, 7},    {2, 20, 33},
-                                 {2, 264, 264}, {3, 16, 16},   {3, 51, 72},    {3, 0, 20},   {5, 2, 20},
-                                 {5, 72, 40},   {8, 33, 20},   {8, 20, 64},    {9, 7, 3},    {9, 64, 20},
-                                 {17, 130, 2},  {17, 16, 33},  {33, 1, 16},    {33, 72, 64}, {64, 20, 16},
-                                 {64, 64, 20},  {97, 3, 20},   {97, 130, 72},  {130, 3, 16}, {130, 72, 16},
-                                 {130, 7, 130}, {130, 16, 64}, {130, 136, 64}, {260, 24, 40}};
+  constexpr int64_t kQuick[][3] = {{2, 3, 7}, {9, 72, 72}, {20, 99, 67}, {65, 392, 72}};
+  constexpr int64_t kAll[][3] = {
+      {1, 1, 1},     {1, 130, 64},  {1, 72, 64},   {2, 3, 7},      {2, 20, 33},   {2, 264, 264},
+      {3, 16, 16},   {3, 51, 72},   {3, 0, 20},    {5, 2, 20},     {5, 72, 40},   {8, 33, 20},
+      {8, 20, 64},   {9, 7, 3},     {9, 64, 20},   {17, 130, 2},   {17, 16, 33},  {33, 1, 16},
+      {33, 72, 64},  {64, 20, 16},  {64, 64, 20},  {97, 3, 20},    {97, 130, 72}, {130, 3, 16},
+      {130, 72, 16}, {130, 7, 130}, {130, 16, 64}, {130, 136, 64}, {260, 24, 40}, {66, 392, 72}};
   if (quick)
     for (const auto& [B, I, H] : kQuick) test(B, I, H);
   else

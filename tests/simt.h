@@ -90,11 +90,20 @@ struct Copy {
   int64_t group;
 };
 
+// A product of a warpgroup, as far as one thread is concerned, that has not been waited for.
+struct Product {
+  std::function<void()> execute;
+  int64_t group;
+};
+
 struct Fiber {
   dim3 index;
   unsigned warp, lane;
-  std::vector<Copy> copies;  // under way
-  int64_t group;             // the open one
+  std::vector<Copy> copies;                       // under way
+  int64_t group;                                  // the open one
+  std::vector<const unsigned char*> unpublished;  // copies that have come, but that wgmma may not see
+  std::vector<Product> products;                  // under way
+  int64_t product_group;                          // the open one
   unsigned char* stack;
   void* here[5];  // of __builtin_setjmp
 
@@ -311,7 +320,9 @@ inline void run_block() {
     fiber.warp = i / kLanes;
     fiber.lane = i % kLanes;
     fiber.copies.clear();
-    fiber.group = 0;
+    fiber.unpublished.clear();
+    fiber.products.clear();
+    fiber.group = fiber.product_group = 0;
     warps[fiber.warp].ready |= 1u << fiber.lane;
   }
   at_barrier = ended = 0;
@@ -360,7 +371,7 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t bytes, const std::func
   threads = block.x * block.y * block.z;
   while (fibers.size() < threads) add_fiber();
   shared_size = bytes;
-  shared = static_cast<unsigned char*>(operator new(bytes, std::align_val_t(16)));
+  shared = static_cast<unsigned char*>(operator new(bytes, std::align_val_t(1024)));
   random_state = seed;
   land_at_random = order == Order::kRandom;
   land_at_once = order == Order::kBackward;
@@ -370,7 +381,7 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t bytes, const std::func
     block_index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
     run_block();
   }
-  operator delete(shared, std::align_val_t(16));
+  operator delete(shared, std::align_val_t(1024));
   if (!error[0]) return nullptr;
   fibers.clear();  // some are in the middle of the kernel
   return error;
@@ -382,6 +393,7 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t bytes, const std::func
 // csrc/cuda/device.h, whose comments hold here
 
 #define LSTMFUSED_DEVICE static inline __attribute__((unused))
+#define LSTMFUSED_BOTH LSTMFUSED_DEVICE
 
 namespace simt {
 
@@ -440,6 +452,13 @@ LSTMFUSED_DEVICE uint4 load_once(const void* from) {
   return x;
 }
 
+template <class Bits>
+LSTMFUSED_DEVICE void store_global(void* to, Bits x) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof x)
+    simt::fail("store_global() to an address that is not aligned");
+  memcpy(to, &x, sizeof x);
+}
+
 LSTMFUSED_DEVICE unsigned char* shared_memory() { return simt::shared; }
 
 LSTMFUSED_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
@@ -449,18 +468,22 @@ LSTMFUSED_DEVICE void copy_async(void* shared, const void* global, bool wanted) 
     simt::fail("copy_async() from an address that is not a multiple of 16");
   uint4 bits{};
   if (wanted) memcpy(&bits, global, sizeof bits);
-  if (simt::land_at_random ? simt::random(2) : simt::land_at_once)
+  if (simt::land_at_random ? simt::random(2) : simt::land_at_once) {
     memcpy(shared, &bits, sizeof bits);
-  else
+    simt::current->unpublished.push_back(static_cast<const unsigned char*>(shared));
+  } else {
     simt::current->copies.push_back({shared, bits, simt::current->group});
+  }
 }
 LSTMFUSED_DEVICE void commit_copies() { simt::current->group++; }
 template <int N>
 LSTMFUSED_DEVICE void wait_copies() {
   auto& copies = simt::current->copies;
   auto copy = copies.begin();
-  for (; copy != copies.end() && copy->group < simt::current->group - N; ++copy)
+  for (; copy != copies.end() && copy->group < simt::current->group - N; ++copy) {
     memcpy(copy->to, &copy->bits, sizeof copy->bits);
+    simt::current->unpublished.push_back(static_cast<const unsigned char*>(copy->to));
+  }
   copies.erase(copies.begin(), copy);
 }
 
@@ -515,6 +538,23 @@ SIMT_UNSANITIZED void multiply(Multiply* const* lanes) {
       }
 }
 
+// Of m64nNk16, what one thread gets: it reads shared memory for itself, at some time before its wait.
+template <class T, int N>
+SIMT_UNSANITIZED void multiply_group(float* sums, const unsigned char* a, const unsigned char* b) {
+  // In the 128-byte swizzle bits 4 to 6 of an address are crossed with bits 7 to 9.
+  const auto at = [](const unsigned char* matrix, int row, int k) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(matrix) + row * 128 + k * sizeof(T);
+    return lstmfused::cuda::widen(*reinterpret_cast<const T*>(address ^ (address >> 7 & 7) << 4));
+  };
+  const int first = current->warp % 4 * 16 + current->lane / 4, column = current->lane % 4 * 2;
+  for (int i = 0; i < N / 2; i++) {
+    float sum = 0;
+    for (int k = 0; k < 16; k++)
+      sum += at(a, first + i % 4 / 2 * 8, k) * at(b, i / 4 * 8 + column + i % 2, k);
+    sums[i] += sum;
+  }
+}
+
 template <class A>
 struct Shuffle {
   A x, result;
@@ -542,6 +582,39 @@ template <class T>
 LSTMFUSED_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
   simt::Multiply operands{sums, a, b};
   simt::together<simt::Multiply, simt::multiply<T>>(operands);
+}
+
+LSTMFUSED_DEVICE void publish_copies() { simt::current->unpublished.clear(); }
+LSTMFUSED_DEVICE void begin_products() {}
+LSTMFUSED_DEVICE void commit_products() { simt::current->product_group++; }
+template <int N>
+LSTMFUSED_DEVICE void wait_products() {
+  auto& products = simt::current->products;
+  auto product = products.begin();
+  for (; product != products.end() && product->group < simt::current->product_group - N; ++product)
+    product->execute();
+  products.erase(products.begin(), product);
+}
+
+template <class T, size_t N>
+LSTMFUSED_DEVICE void multiply_group(float (&sums)[N], const void* a, const void* b, T) {
+  if (!simt::in_shared(a) || !simt::in_shared(b)) simt::fail("multiply_group() beside the shared memory");
+  const auto left = static_cast<const unsigned char*>(a), right = static_cast<const unsigned char*>(b);
+  const auto reads = [&](const unsigned char* copy) {
+    return (copy >= left && copy < left + 64 * 128) || (copy >= right && copy < right + N * 2 * 128);
+  };
+  for (unsigned i = 0; i < simt::threads; i++)
+    for (const unsigned char* copy : simt::fibers[i]->unpublished)
+      if (reads(copy)) simt::fail("multiply_group() of what was copied, but not published");
+  float* const to = sums;
+  const auto execute = [=] { simt::multiply_group<T, 2 * int(N)>(to, left, right); };
+  // At once, where nothing is under way that comes before it: the order of sums is that of the
+  // instructions.
+  const bool at_once = simt::land_at_random ? simt::random(2) : simt::land_at_once;
+  if (at_once && simt::current->products.empty())
+    execute();
+  else
+    simt::current->products.push_back({execute, simt::current->product_group});
 }
 
 LSTMFUSED_DEVICE uint32_t to_tf32(uint32_t bits) {

@@ -319,6 +319,27 @@ def test_anomaly_mode() -> None:
             torch.autograd.grad(h, trainable.present(), torch.full_like(h, torch.inf))
 
 
+def test_c_is_no_way_to_h() -> None:
+    """One node makes both, as torch's fused CUDA cell does: what is seen at c comes from its own
+    uses, while the gradients of all arguments are whole."""
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    assert h.grad_fn is c.grad_fn
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(h.sum(), c, retain_graph=True)
+    seen: list[Tensor] = []
+    c.retain_grad()
+    c.register_hook(seen.append)
+    torch.autograd.backward((h.sum(), 2 * c.sum()))
+    assert torch.equal(seen[0], torch.full_like(c, 2))
+    assert torch.equal(c.grad, seen[0])  # type: ignore[arg-type]
+    wide = arguments.double().trainable()
+    h, c = oracle(wide)
+    torch.autograd.backward((h.sum(), 2 * c.sum()))
+    for name, t in arguments._asdict().items():
+        check_gradient(name, t.grad, getattr(wide, name).grad, "h and c")
+
+
 def test_hooks_on_tensors_and_nodes() -> None:
     arguments = random_arguments(*SHAPE)
     expected = plain_gradients(arguments)

@@ -19,6 +19,7 @@ from cases import (
     cell,
     check_autocast_gradients,
     gradients,
+    oracle,
     torch_cell,
 )
 from cuda_cases import (
@@ -29,6 +30,7 @@ from cuda_cases import (
     SIZES,
     already,
     check_forward,
+    check_gradient,
     check_gradients,
     compare_gradients,
     every_dtype,
@@ -67,7 +69,7 @@ def path(device: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 every_path = pytest.mark.parametrize(
-    "path", ["few_rows", "tensor_cores", "products"], indirect=True
+    "path", ["few_rows", "tensor_cores", "warpgroups", "products"], indirect=True
 )
 
 
@@ -76,11 +78,40 @@ every_path = pytest.mark.parametrize(
 @every_path
 def test_every_path(device: str, path: str, dtype: torch.dtype) -> None:
     """Also where another is the faster one."""
-    for I, H in ((1, 1), (3, 5), (24, 40), (64, 64), (51, 20), (264, 136)):
+    for I, H in ((1, 1), (3, 5), (24, 40), (64, 64), (51, 20), (264, 136), (51, 64), (640, 72)):
         for B in (1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129):
             check_forward(on(device, B, I, H, dtype), (B, I, H))
         for B in (1, 9, 33, 129):
             check_gradients(on(device, B, I, H, dtype), (B, I, H))
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@every_path
+def test_a_cell_state_in_float32(device: str, path: str, dtype: torch.dtype) -> None:
+    """Beside half types: c and its gradient are not rounded at all, h once."""
+    for I, H in ((3, 5), (24, 40), (51, 64), (264, 136)):
+        for B, use in product((1, 9, 33, 129), ("hc", "h", "c")):
+            arguments = on(device, B, I, H, dtype)
+            arguments = arguments._replace(c=on(device, B, I, H).c)
+            h, c = cell(arguments)
+            assert h.dtype == dtype and c.dtype == torch.float32
+            bound = tolerance(dtype, I + H)
+            for name, actual, want in zip("hc", (h, c), oracle(arguments.double()), strict=True):
+                assert_close(
+                    actual, want, output_bound(name, actual.dtype, want, bound), (name, B, I, H)
+                )
+            grads = [
+                like(t, seed) if name in use else None
+                for seed, (name, t) in enumerate((("h", h), ("c", c)))
+            ]
+            found = gradients(cell, arguments, *grads)
+            assert found["c"].dtype == torch.float32
+            expected = expected_gradients(arguments, grads)
+            depth = max(I + H, 4 * H, B)
+            for name, gradient in found.items():  # of gates that were rounded, so all to that
+                case = name, use, B, I, H
+                check_gradient(name, gradient.to(dtype), expected[name], case, depth, B, False)
 
 
 @poisoned

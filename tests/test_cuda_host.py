@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,50 @@ def test_architectures_are_named() -> None:
 def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
     assert found == bool(_C.cuda_architectures)
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+# The newest of the kernels as they are.
+MEASURED = RESULTS / "nvidia-h200-20261127-02a70ec097.json"
+needs_cuda_build = pytest.mark.skipif(
+    not _C.cuda_architectures, reason="the extension was built without CUDA"
+)
+
+
+@needs_cuda_build
+def test_the_paths_chosen_are_those_that_were_measured_as_fastest() -> None:
+    """Of every path at every size of the grid: forward within 13%, a training step within 15%."""
+    hopper = 90, 132, 227 << 10
+    found = json.loads(MEASURED.read_text())["crossovers"]
+    assert len(found) > 200
+    for entry in found:
+        tf32 = entry["precision"] == "tf32"
+        dtype = torch.float32 if tf32 else getattr(torch, entry["precision"])
+        sizes = entry["batch"], entry["units"], entry["units"]
+        forward, backward = _C.cuda_paths_on(*hopper, dtype, *sizes, tf32)
+        times = entry["microseconds"]
+        assert times[forward] <= 1.13 * min(times.values()), (entry, forward)
+        training = entry.get("training_us")
+        if training:
+            best = min(training["few_rows"], training["products"])
+            assert training[backward] <= 1.15 * best, (entry, backward)
+
+
+@needs_cuda_build
+def test_paths_on_other_devices() -> None:
+    """None is chosen that a device does not have."""
+    for capability, shared in ((75, 64 << 10), (80, 163 << 10), (89, 99 << 10), (100, 227 << 10)):
+        for dtype, B, H, tf32 in product(
+            (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            (1, 16, 64, 300, 5000),
+            (20, 128, 1024, 2048),
+            (False, True),
+        ):
+            forward, backward = _C.cuda_paths_on(capability, 100, shared, dtype, B, H, H, tf32)
+            assert forward != "warpgroups" and backward in ("few_rows", "products")
+            half = dtype in (torch.bfloat16, torch.float16)
+            if capability < 80 or not (half or (tf32 and dtype == torch.float32)):
+                assert forward == "few_rows" if half else forward in ("few_rows", "products")
 
 
 def describe(tensors: Any) -> list[tuple[Any, ...]]:

@@ -24,7 +24,9 @@ FLAGS = [
     '-DLSTMFUSED_SIMT="simt.h"',
 ]
 SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-STATEMENT = re.compile(r"__syncthreads\(\);|\bwait_copies<[^;]*>\(\);")
+STATEMENT = re.compile(
+    r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
+)
 LIMIT = 120  # seconds, of a run that takes two: without a barrier, a kernel may never end
 
 STATEMENTS = {
@@ -78,7 +80,8 @@ def test_statements_are_found() -> None:
         for name, number in STATEMENTS.values()
     ]
     assert any("__syncthreads" in line for line in found)
-    assert any("wait_copies" in line for line in found)
+    for word in ("wait_copies", "wait_products", "publish_copies"):
+        assert any(word in line for line in found)
 
 
 @pytest.mark.kernels

@@ -20,6 +20,7 @@ from cases import (
     cell,
     oracle,
     random_arguments,
+    run_python,
 )
 from cuda_cases import (
     ALL,
@@ -152,6 +153,30 @@ def test_graph_of_inference(device: str, dtype: torch.dtype) -> None:
             overwrite(static, on(device, *shape, dtype, seed=seed))
             graph.replay()
             check_forward(static, (shape, seed), already(outputs))
+
+
+FIRST_LAUNCHES = """
+import torch
+from cases import DTYPES, cell
+from cuda_cases import PATHS, already, check_forward, on
+torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # cuBLAS makes its handle
+for dtype in DTYPES:
+    for shape in (*PATHS, (128, 512, 512), (1000, 512, 512)):
+        static = on("cuda", *shape, dtype)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            outputs = cell(static)
+        graph.replay()
+        check_forward(static, (dtype, shape), already(outputs))
+print("all captured")
+"""
+
+
+def test_a_capture_is_the_first_launch(device: str) -> None:
+    """Kernels are loaded when they are first launched, which a capture must survive: so in a fresh
+    process, without the warm-up of the other tests."""
+    assert run_python("-Wignore", "-c", FIRST_LAUNCHES) == "all captured\n"
 
 
 @every_dtype

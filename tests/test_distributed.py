@@ -60,3 +60,11 @@ def test_two_processes_train_as_one(
         assert apart <= TOLERANCE, f"{name}: {apart:.1e}"
         moved = (actual - initial.weights[name]).abs().max()
         assert moved > 1e-3, f"{name}: {moved:.1e}"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_cells_on_dtensors(processes: int) -> None:
+    """Replicated and sharded over the batch, forward and backward, as torch's cell."""
+    script = str(Path(__file__).parent / "sharded.py")
+    command = ("-W", "ignore", *TORCHRUN[:-1], f"--nproc-per-node={processes}", script)
+    assert run_python(*command, timeout=120).endswith(f" cases in {processes} processes\n")

@@ -1,10 +1,12 @@
-"""Models that leave Python: torch.export, AOTInductor, torch.jit.trace and, unfused, ONNX.
+"""Models that leave Python: torch.export, AOTInductor, torch.jit.trace and ONNX.
 
 Each is exported with one batch and held to float64 at that one and at others.
 """
 
 import copy
 import io
+import operator
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +21,14 @@ import lstmfused
 
 # What torch's own tracer, packager and exporter stumble over.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]*. is deprecated")
+DYNAMO = pytest.mark.filterwarnings("ignore:# The axis name")
 PACKAGER = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
 TORCHSCRIPT = pytest.mark.filterwarnings(
     "ignore:You are using the legacy TorchScript-based ONNX",
     "ignore:The feature will be removed:DeprecationWarning",
 )
 
+STEP = torch.ops.lstmfused.lstm_cell.default
 I, H, STEPS = 5, 7, 3
 EXPORTED, BATCHES = 3, (1, 2, 3, 17)
 
@@ -103,7 +107,7 @@ MODELS = pytest.mark.parametrize(
 def test_export(model: Model) -> None:
     module = model.fused()
     program, file = model.program(module), io.BytesIO()
-    assert torch.ops.lstmfused.lstm_cell.default in {node.target for node in program.graph.nodes}
+    assert STEP in {node.target for node in program.graph.nodes}
     model.check(program.module(), module)
     torch.export.save(program, file)
     file.seek(0)
@@ -118,6 +122,9 @@ def test_aot_inductor(model: Model, tmp_path: Path) -> None:
         program = model.program(module)
     torch._inductor.aoti_compile_and_package(program, package_path=package)
     model.check(torch._inductor.aoti_load_package(package), module)
+    with zipfile.ZipFile(package) as files:
+        texts = [files.read(name) for name in files.namelist() if name.endswith((".cpp", ".json"))]
+    assert any(b"lstmfused::lstm_cell" in text for text in texts)  # fused it stays
 
 
 @MODELS
@@ -142,7 +149,7 @@ def test_jit_trace(model: Model) -> None:
         check_gradient(name, actual, want, "traced")
 
 
-def to_onnx(model: Model, module: nn.Module, path: Path) -> None:
+def by_torchscript(model: Model, module: nn.Module, path: Path) -> None:
     torch.onnx.export(
         module,
         model.inputs(EXPORTED),
@@ -153,14 +160,18 @@ def to_onnx(model: Model, module: nn.Module, path: Path) -> None:
     )
 
 
-@TORCHSCRIPT
-@MODELS
-def test_onnx_of_an_unfused_model(model: Model, tmp_path: Path) -> None:
+def by_dynamo(model: Model, module: nn.Module, path: Path) -> None:
+    given = model.inputs(EXPORTED)
+    torch.onnx.export(
+        module, given, path, dynamo=True, dynamic_shapes=dynamic(given), verbose=False
+    )
+
+
+def runtime(path: Path) -> Callable[..., list[Tensor]]:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    module, path = lstmfused.unfuse(model.fused()), tmp_path / "model.onnx"
-    assert not any(isinstance(m, lstmfused.LSTMCell) for m in module.modules())
-    to_onnx(model, module, path)
     onnx.checker.check_model(path)
+    domains = {node.domain for node in onnx.load(path).graph.node}
+    assert domains <= {"", "ai.onnx"}  # every operator is ONNX's own
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
 
@@ -169,14 +180,94 @@ def test_onnx_of_an_unfused_model(model: Model, tmp_path: Path) -> None:
         outputs = session.run(None, dict(zip(names, arrays, strict=True)))
         return [torch.from_numpy(output) for output in outputs]
 
-    model.check(run, module)
+    return run
 
 
 @TORCHSCRIPT
+@DYNAMO
+@PACKAGER
 @MODELS
-def test_onnx_refuses_a_fused_model(model: Model, tmp_path: Path) -> None:
-    """ONNX has no such operator: the exporter says so, and leaves no file."""
-    path = tmp_path / "model.onnx"
-    with pytest.raises(torch.onnx.OnnxExporterError, match="lstmfused"):
-        to_onnx(model, model.fused(), path)
-    assert not path.exists()
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("export", [by_torchscript, by_dynamo])
+def test_onnx(model: Model, export: Callable[..., None], fused: bool, tmp_path: Path) -> None:
+    if export is by_dynamo:
+        pytest.importorskip("onnxscript")
+    module, path = model.fused(), tmp_path / "model.onnx"
+    if not fused:
+        module = lstmfused.unfuse(module)
+        assert not any(isinstance(m, lstmfused.LSTMCell) for m in module.modules())
+    export(model, module, path)
+    model.check(runtime(path), module)
+
+
+class Alone(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        state: tuple[Tensor, Tensor] = self.cell(x)
+        return state
+
+
+class Given(Alone):
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        state: tuple[Tensor, Tensor] = self.cell(x, (h, c))
+        return state
+
+
+@TORCHSCRIPT
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("opset", [11, 13, 18, 20])
+def test_onnx_by_torchscript_in_every_form(
+    opset: int, state: bool, bias: bool, tmp_path: Path
+) -> None:
+    """Batched or not, traced or scripted, as far back as ONNX has negative axes."""
+    path = tmp_path / "cell.onnx"
+    for rows in (None, EXPORTED):
+        arguments = random_arguments(rows, I, H)
+        given = arguments.present()[: 3 if state else 1]
+        cell = lstmfused.LSTMCell(I, H, bias).eval()
+        model = Given(cell) if state else Alone(cell)
+        with torch.no_grad():
+            expected = copy.deepcopy(model).double()(*map(Tensor.double, given))
+        for kind in (model, torch.jit.script(model)):
+            torch.onnx.export(kind, tuple(given), path, dynamo=False, opset_version=opset)
+            for name, found, want in zip("hc", runtime(path)(*given), expected, strict=True):
+                check_output(name, found, want, (opset, rows, state, bias))
+
+
+@PACKAGER
+@MODELS
+def test_core_aten(model: Model) -> None:
+    """On request nothing but torch's own core operators are left, as of torch's cell."""
+    module = model.fused()
+    program = model.program(module)
+    assert STEP in {node.target for node in program.graph.nodes}
+    core = program.run_decompositions(lstmfused.decompositions())
+    called = {n.target for n in core.graph.nodes if n.op == "call_function"} - {operator.getitem}
+    assert not [op for op in called if torch.Tag.core not in op.tags]
+    plain = model.program(lstmfused.unfuse(copy.deepcopy(module))).run_decompositions()
+    assert called <= {n.target for n in plain.graph.nodes}
+    model.check(core.module(), module)
+    assert STEP in {n.target for n in program.run_decompositions().graph.nodes}
+
+
+def test_decompositions_raise_what_the_step_raises() -> None:
+    step = lstmfused.decompositions()[STEP]
+    arguments = random_arguments(EXPORTED, I, H)
+    assert all(
+        map(
+            torch.equal,
+            step(*arguments[:5]),
+            lstmfused.reference.lstm_cell(arguments.input, arguments.hx, *arguments[3:5]),
+        )
+    )
+    for wrong in (torch.zeros(EXPORTED, I + 1), torch.zeros(EXPORTED, I).double()):
+        errors = []
+        for run in (step, STEP):
+            with pytest.raises(RuntimeError) as raised:
+                run(wrong, *arguments[1:])
+            errors.append(str(raised.value).splitlines()[0])
+        assert errors[0] == errors[1]

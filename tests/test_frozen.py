@@ -254,11 +254,20 @@ def hooked() -> nn.LSTMCell:
     return cell
 
 
+def replaced() -> nn.LSTMCell:
+    """As accelerate's hooks do it."""
+    cell: Any = lstmfused.LSTMCell(I, H)
+    forward = cell.forward
+    cell.forward = lambda *given: tuple(2 * t for t in forward(*given))
+    return cell  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parametrized": (parametrized, "parametrization"),
     "pruned": (pruned, "parametrization"),
     "lazy": (lambda: lstmfused.LazyLSTMCell(H), "lazy"),
     "hooks": (hooked, "hooks"),
+    "forward of its own": (replaced, "forward has been replaced"),
     "float64": (lambda: nn.LSTMCell(I, H).double(), "torch.float64"),
     "float16": (lambda: lstmfused.LSTMCell(I, H).half(), "torch.float16"),
     "other device": (lambda: nn.LSTMCell(I, H, device="meta"), "meta"),
@@ -313,11 +322,14 @@ def test_no_training() -> None:
     assert not frozen.training
     assert frozen.eval() is frozen
     assert not list(frozen.parameters())
-    model = nn.Sequential(frozen)
+    model = nn.Sequential(frozen, nn.Dropout())
     for module in (frozen, model):
-        with pytest.raises(RuntimeError, match="cannot be trained"):
-            module.train()
+        assert module.train() is module
+        assert not frozen.training
+    assert model.training and model[1].training
     assert not frozen(torch.zeros(3, I))[0].requires_grad
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        frozen(torch.zeros(3, I, requires_grad=True))
 
 
 @EACH_DTYPE
@@ -423,7 +435,8 @@ def test_cell_itself_and_twice() -> None:
 
 def test_subclasses_are_left_alone() -> None:
     model = nn.ModuleList([OwnForward(I, H), nn.LSTMCell(I, H)])
-    assert types(freeze(model))[1:] == [OwnForward, FrozenLSTMCell]
+    with pytest.warns(UserWarning, match=r"^left as it is: 0 \(a subclass, OwnForward\)$"):
+        assert types(freeze(model))[1:] == [OwnForward, FrozenLSTMCell]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,6 +452,31 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(
             torch.ops.lstmfused.lstm_cell_frozen.default, (*arguments[:3], *packed)
         )
+
+
+@EACH_DTYPE
+def test_decomposition(dtype: torch.dtype) -> None:
+    """In torch's own operators, from the packed weights, the same as by the kernel."""
+    table, op = lstmfused.decompositions(), torch.ops.lstmfused.lstm_cell_frozen.default
+    for B, inputs, units in product((None, 0, 1, 5), (1, 3, 51), (1, 4, 7, 16, 20, 33)):
+        for state in (True, False):
+            arguments = random_arguments(B, inputs, units, state=state)
+            b: Any = made(arguments, dtype)._buffers
+            given = (*arguments[:3], b["weight"], b["bias"], b["scale"], inputs, units)
+            for name, found, want in zip("hc", table[op](*given), op(*given), strict=True):
+                check_output(name, found, want.double(), (B, inputs, units, state))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+@EACH_DTYPE
+def test_core_aten(dtype: torch.dtype) -> None:
+    frozen, x = FrozenLSTMCell(nn.LSTMCell(I, H), dtype), torch.randn(3, I)
+    program = torch.export.export(frozen, (x,))
+    core = program.run_decompositions(lstmfused.decompositions())
+    called = [n.target for n in core.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert called and all(torch.Tag.core in op.tags for op in called)
+    for name, found, want in zip("hc", core.module()(x), frozen(x), strict=True):
+        check_output(name, found, want.double(), dtype)
 
 
 @pytest.fixture

@@ -1,11 +1,17 @@
 """fuse and unfuse: the swap of the cells of a model in place."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from cases import run_python
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstmfused
 from lstmfused import fuse, unfuse
@@ -76,10 +82,198 @@ def test_cell_itself() -> None:
     assert type(unfuse(fused)) is nn.LSTMCell
 
 
-def test_subclasses_are_left_alone() -> None:
+# --------------------------------------------------------------------------------------------------
+# Cells that are no plain nn.LSTMCell
+
+
+class Named(nn.LSTMCell):
+    """Without a forward of its own: it computes what torch's cell computes."""
+
+    def describe(self) -> str:
+        return f"{super().extra_repr()}!"
+
+
+class OurNamed(lstmfused.LSTMCell):
+    pass
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def runs_fused(cell: nn.Module) -> bool:
+    with Seen() as seen, torch.no_grad():
+        cell(torch.randn(3, I))
+    return any(name.startswith("lstmfused.") for name in seen.names)
+
+
+def check_swap(cell: nn.Module) -> None:
+    """There and back, with the same numbers and gradients."""
+    before, parameters = type(cell), list(cell.parameters())
+    x = torch.randn(3, I)
+    cell.eval()  # a spectral norm would go on with its power iteration
+    want = cell(x)
+    wanted = torch.autograd.grad(torch.cat(want).square().sum(), parameters)
+    assert not runs_fused(cell)
+    assert fuse(cell) is cell
+    assert isinstance(cell, lstmfused.LSTMCell) and isinstance(cell, before.__bases__)
+    assert type(cell).__name__ == before.__name__
+    assert runs_fused(cell)
+    assert list(map(id, cell.parameters())) == list(map(id, parameters))
+    found = cell(x)
+    for actual, expected in zip(found, want, strict=True):
+        assert (actual - expected).abs().max() <= 1e-6
+    gradients = torch.autograd.grad(torch.cat(found).square().sum(), parameters)
+    for actual, expected in zip(gradients, wanted, strict=True):
+        assert (actual - expected).abs().max() <= 1e-5
+    assert unfuse(cell) is cell
+    assert not runs_fused(cell)
+    assert all(map(torch.equal, cell(x), want))
+
+
+PARAMETRIZATIONS = pytest.mark.parametrize(
+    "of",
+    [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm],
+    ids=["weight_norm", "orthogonal", "spectral_norm"],
+)
+
+
+@PARAMETRIZATIONS
+@pytest.mark.parametrize("kind", [nn.LSTMCell, Named])
+def test_parametrized(kind: type[nn.LSTMCell], of: Callable[..., nn.Module]) -> None:
+    cell = of(kind(I, H), "weight_hh")
+    check_swap(cell)
+    assert not isinstance(cell, lstmfused.LSTMCell)
+    other = copy.deepcopy(fuse(cell))
+    unfuse(cell)
+    assert runs_fused(other) and not runs_fused(cell)  # each has its own class
+
+
+@PARAMETRIZATIONS
+def test_parametrizations_come_and_go(of: Callable[..., nn.Module]) -> None:
+    """torch's own bookkeeping still finds what it put into the class."""
+    cell: Any = fuse(of(nn.LSTMCell(I, H), "weight_hh").eval())  # no power iteration goes on
+    weight = cell.weight_hh.detach()
+    of(cell, "weight_ih")
+    assert parametrize.type_before_parametrizations(cell) is lstmfused.LSTMCell
+    for name in ("weight_hh", "weight_ih"):
+        parametrize.remove_parametrizations(cell, name)
+    assert type(cell) is lstmfused.LSTMCell
+    assert (cell.weight_hh - weight).abs().max() <= 1e-6
+    assert type(unfuse(cell)) is nn.LSTMCell
+
+
+def test_subclasses_without_a_forward() -> None:
+    one, two = Named(I, H), Named(I, H)
+    check_swap(one)
+    assert type(one) is Named
+    fuse(nn.ModuleList([one, two]))
+    assert isinstance(one, Named) and type(one) is type(two)
+    assert one.describe() == f"{I}, {H}!"
+    x = torch.randn(3, I)
+    for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
+        assert type(other) is type(one)
+        assert all(map(torch.equal, other(x), one(x)))
+        assert type(unfuse(other)) is Named
+    ours = OurNamed(I, H)
+    assert type(fuse(ours)) is OurNamed and runs_fused(ours)
+    assert not runs_fused(unfuse(ours)) and isinstance(ours, OurNamed)
+    assert not runs_fused(copy.deepcopy(ours))
+    assert type(fuse(ours)) is OurNamed and runs_fused(ours)
+
+
+FULLY_SHARDED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from test_fuse import Named, runs_fused
+from lstmfused import fuse, unfuse
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = dist.init_device_mesh("cpu", (1,))
+x = torch.randn(3, 10)
+for kind in (nn.LSTMCell, Named):
+    model = nn.ModuleList([kind(10, 20)])
+    fully_shard(model[0], mesh=mesh)
+    want = model[0](x)
+    before = type(model[0])
+    fuse(model)
+    assert isinstance(model[0], FSDPModule) and isinstance(model[0], kind), type(model[0])
+    assert runs_fused(model[0])
+    for actual, expected in zip(model[0](x), want, strict=True):
+        torch.testing.assert_close(actual, expected)
+    torch.cat(model[0](x)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    unfuse(model)
+    assert type(model[0]).__mro__[1:] == before.__mro__[1:] and not runs_fused(model[0])
+dist.destroy_process_group()
+print("swapped")
+"""
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="this torch has no torch.distributed with gloo",
+)
+def test_fully_sharded() -> None:
+    assert run_python("-W", "ignore", "-c", FULLY_SHARDED).strip() == "swapped"
+
+
+def test_subclasses_with_a_forward_are_left_alone() -> None:
     model = nn.ModuleList([OwnForward(I, H), nn.LSTMCell(I, H)])
-    assert types(fuse(model))[1:] == [OwnForward, lstmfused.LSTMCell]
+    with pytest.warns(
+        UserWarning, match=r"^left alone: 0 \(OwnForward has a forward of its own\)$"
+    ):
+        fuse(model)
+    assert types(model)[1:] == [OwnForward, lstmfused.LSTMCell]
     assert types(unfuse(model))[1:] == [OwnForward, nn.LSTMCell]
+    own = OwnForward(I, H)
+    with pytest.warns(UserWarning, match="left alone: the model"):
+        assert fuse(own) is own
+
+
+def test_our_subclasses_with_a_forward_are_left_alone() -> None:
+    class Doubled(lstmfused.LSTMCell):
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            return super().forward(2 * input, hx)
+
+    model = nn.ModuleList([Doubled(I, H)])
+    assert types(fuse(model))[1:] == [Doubled]
+    with pytest.warns(UserWarning, match="left alone: 0 .Doubled has a forward"):
+        assert types(unfuse(model))[1:] == [Doubled]
+
+
+@pytest.mark.parametrize("swap", [fuse, unfuse])
+def test_a_forward_of_the_instance_is_left_alone(swap: Callable[[nn.Module], nn.Module]) -> None:
+    """Such as hooks of accelerate put there: it has the old one inside."""
+    model: Any = nn.ModuleDict({"cell": nn.LSTMCell(I, H)})
+    if swap is unfuse:
+        fuse(model)
+    before, forward = type(model.cell), model.cell.forward
+    model.cell.forward = lambda *given: tuple(2 * t for t in forward(*given))
+    with pytest.warns(UserWarning, match="left alone: cell .its forward has been replaced"):
+        swap(model)
+    assert type(model.cell) is before
+    del model.cell.forward
+    swap(model)
+    assert type(model.cell) is not before
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy() -> None:
+    lazy = lstmfused.LazyLSTMCell(H)
+    with pytest.warns(UserWarning, match="left alone: the model .it is lazy"):
+        unfuse(lazy)
+    lazy(torch.randn(3, I))
+    assert type(unfuse(lazy)) is nn.LSTMCell
 
 
 def test_everything_on_a_cell_is_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_stages_share_the_time(record: Record) -> None:
     assert [found[name]["stage_seconds"] for name in "abc"] == [10, 20, 70 - stages.RESERVE]
     assert found["d"]["reason"] == "no time left"
     assert now.now < 100
+
+
+def test_only_the_build_can_end_the_others() -> None:
+    assert [name for name, stage in stages.STAGES.items() if stage.vital] == ["build"]
+
+
+def test_logs_lie_beside_the_result(record: Record) -> None:
+    """After each stage, for whoever fetches the one has to have the other, even of half a run."""
+    logs = record.path.parent / "logs"
+
+    def writes(context: stages.Context, _: Clock) -> Any:
+        context.logs.mkdir(parents=True, exist_ok=True)
+        (context.logs / "a.log").write_text("said")
+        return {"status": "done"}
+
+    table = {"a": stages.Stage(writes, 0.5)}
+    stages.run(stages.Context(record, logs, True, 0), Clock(9, Time()), ("a",), table)
+    archive = record.path.with_name("result-logs.tar.gz")
+    with tarfile.open(archive) as found:
+        assert "./a.log" in found.getnames()
 
 
 def test_nothing_runs_after_a_vital_stage_has_failed(record: Record) -> None:
@@ -253,6 +274,20 @@ def test_outcomes_of_a_run_that_was_cut_off() -> None:
     assert outcomes("")["counts"] == {}
 
 
+def test_outcomes_of_several_workers() -> None:
+    """pytest-xdist names the worker first, and the test last."""
+    text = """
+tests/test_cuda.py::test_parity[a b]
+[gw0] [ 25%] PASSED tests/test_cuda.py::test_parity[a b]
+[gw1] [ 50%] FAILED tests/test_cuda.py::test_parity[bfloat16] 
+[gw1] [100%] SKIPPED tests/test_cuda.py::test_graph
+"""
+    assert outcomes(text) == {
+        "counts": {"passed": 1, "failed": 1, "skipped": 1},
+        "failures": [{"name": "tests/test_cuda.py::test_parity[bfloat16]", "lines": []}],
+    }
+
+
 def test_junit() -> None:
     text = """<testsuites><testsuite><testcase classname="a" name="b"/>
     <testcase classname="a" name="c"><failure message="m">def c():\nE   wrong\n</failure></testcase>
@@ -282,8 +317,8 @@ def test_tests_stage(tmp_path: Path) -> None:
 
 def test_tests_stage_ends_in_time(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
-    file.write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(60)\n")
-    found = checks.tests(Clock(14), tmp_path / "logs", str(file))
+    file.write_text("import time\ndef test_right(): pass\ndef test_slow(): time.sleep(600)\n")
+    found = checks.tests(Clock(40), tmp_path / "logs", str(file))
     assert found["status"] == "failed" and found["timed_out"]
     assert found["counts"]["passed"] == 1
 

@@ -86,7 +86,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     forced = [""]
 
     def path(dtype: torch.dtype, B: int, I: int, H: int, tf32: bool) -> str:
-        if forced[0] == "tensor_cores" and dtype in (torch.float32, torch.float64) and not tf32:
+        single = dtype in (torch.float32, torch.float64)
+        if (forced[0] == "tensor_cores" and single and not tf32) or (
+            forced[0] == "warpgroups" and single
+        ):
             return "products"
         return forced[0] or "few_rows"
 
@@ -191,7 +194,8 @@ def test_crossovers(pretended: None, record: Record, monkeypatch: pytest.MonkeyP
         ("bfloat16", 4),
     ]
     for entry in entries:
-        able = set(paths.PATHS) - ({"tensor_cores"} if entry["precision"] == "float32" else set())
+        single = {"tensor_cores", "warpgroups"} if entry["precision"] == "float32" else set()
+        able = set(paths.PATHS) - single
         assert set(entry["microseconds"]) == able and entry["best"] in able
         assert entry["broken"] == {}
     assert set(entries[0]["training_us"]) == {"auto", "few_rows", "products"}

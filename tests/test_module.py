@@ -296,3 +296,57 @@ def test_functional_equals_module() -> None:
     module = lstmfused.LSTMCell(I, H)
     arguments = random_arguments(5, I, H)._replace(**dict(module.named_parameters()))
     assert torch.equal(torch.stack(cell(arguments)).detach(), outputs(module))
+
+
+class Halved(nn.Module):
+    """As Pyro's PyroModule: a parameter is replaced where it is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        return value * 0.5 if name.startswith("weight") else value
+
+
+class Intercepted(nn.Module):
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return value * 0.5 if name == "bias_hh" else value
+
+
+def put_in_instance(module: nn.LSTMCell) -> None:
+    module.__dict__["weight_hh"] = module.weight_hh.detach() * 0.5
+
+
+def put_in_place(module: nn.LSTMCell) -> None:
+    weight = module.weight_hh.detach()
+    del module.weight_hh
+    module.weight_hh = weight * 0.5
+
+
+def put_in_buffers(module: nn.LSTMCell) -> None:
+    weight = module.weight_ih.detach()
+    del module.weight_ih
+    module.register_buffer("weight_ih", weight * 0.5)
+
+
+def put_in_class(module: nn.LSTMCell) -> None:
+    kind = type(module)
+    half = property(lambda self: self._parameters["weight_ih"] * 0.5)
+    module.__class__ = type(kind.__name__, (kind,), {"weight_ih": half})
+
+
+@pytest.mark.parametrize("mixin", [None, Halved, Intercepted])
+@pytest.mark.parametrize("put", [None, put_in_instance, put_in_place, put_in_buffers, put_in_class])
+def test_parameters_are_read_as_torch_reads_them(mixin: Any, put: Any) -> None:
+    results = []
+    for kind in (nn.LSTMCell, lstmfused.LSTMCell):
+        base = kind if mixin is None else type("Mixed", (kind, mixin), {})
+        torch.manual_seed(0)
+        module = base(I, H)
+        if put is not None:
+            put(module)
+        x, h, c, *_ = random_arguments(5, I, H)
+        outputs = torch.stack(module(x, (h, c)))
+        trained = [p for p in module.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(outputs.sum(), trained, allow_unused=True)
+        results.append((outputs, grads))
+    torch.testing.assert_close(results[1], results[0])

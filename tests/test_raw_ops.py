@@ -129,6 +129,23 @@ def test_wrong_dtypes_of_backward(name: str) -> None:
             backward({**given, name: given[name].to(dtype)})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_from_what_it_needs(dtype: torch.dtype) -> None:
+    """A gradient takes the other factor of its product, and an error names one that is missing."""
+    needed = {"input": "weight_ih", "h": "weight_hh", "weight_ih": "input", "weight_hh": "h"}
+    given = backward_arguments(random_arguments(B, I, H, dtype), dtype)
+    expected = dict(zip(GRADIENTS, backward(given), strict=True))
+    for wanted in product((True, False), repeat=7):
+        names = {n for n, want in zip(GRADIENTS, wanted, strict=True) if want}
+        factors = {needed[n] for n in names & needed.keys()}
+        least = {n: None if n in needed and n not in factors else t for n, t in given.items()}
+        for name, found in zip(GRADIENTS, backward(least, list(wanted)), strict=True):
+            assert torch.equal(found, expected[name]) if name in names else found.shape == (0,)
+        for missing in factors:
+            with pytest.raises(RuntimeError, match=f"takes {missing}|takes hx"):
+                backward({**least, missing: None}, list(wanted))
+
+
 @pytest.mark.parametrize("length", [0, 1, 6, 8])
 def test_wrong_mask(length: int) -> None:
     given = backward_arguments(random_arguments(B, I, H))

@@ -64,8 +64,9 @@ def call():
     return digest([*outputs, *torch.autograd.grad(outputs, arguments.present(), grads)])
 
 torch.set_num_threads(2)
-arguments = random_arguments(64, 256, 256).trainable()
-grads = [torch.ones(64, 256)] * 2
+B, state = {"state": (200, True), "no state": (200, False), "no rows": (0, True)}[sys.argv[2]]
+arguments = random_arguments(B, 256, 256, state=state).trainable()
+grads = [torch.ones(B, 256)] * 2
 before = call() if sys.argv[1] == "used" else None
 reading, writing = os.pipe()
 child = os.fork()
@@ -156,10 +157,12 @@ def test_python_runs_during_a_call() -> None:
     assert sum(start < t < end for t in ticks) >= 4
 
 
+@pytest.mark.parametrize("form", ["state", "no state", "no rows"])
 @pytest.mark.parametrize("parent", ["fresh", "used"])
-def test_after_fork(parent: str) -> None:
-    """Also where the parent's pool of threads, which no child inherits, has run before."""
-    run_python("-c", FORK, parent, timeout=120)
+def test_after_fork(parent: str, form: str) -> None:
+    """Also where the parent's pool of threads, which no child inherits, has run before, and where
+    there is so much to fill with zeros that torch would do it in parallel."""
+    run_python("-c", FORK, parent, form, timeout=120)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

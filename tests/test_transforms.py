@@ -244,7 +244,7 @@ def test_vmap_under_autocast(dtype: torch.dtype) -> None:
             want = cell(arguments)
             found = func.vmap(lambda t, name=name: cell(arguments._replace(**{name: t})))(stacked)
         for actual, expected in zip(found, want, strict=True):
-            assert actual.dtype == dtype
+            assert actual.dtype == expected.dtype
             bound = 4 * torch.finfo(dtype).eps * expected.double().abs().clamp(min=1)
             assert_close(actual[1], expected, bound, name)
 

@@ -40,7 +40,13 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--revision", metavar="R", help="of the sources, where git cannot tell")
     add("--seed", type=int, default=0, help="of inputs, weights and the order of turns")
     add("--logs", type=Path, default=Path("build/gpu"), metavar="DIR", help="default: build/gpu")
-    add("--out", type=Path, metavar="FILE.json", help="default: in benchmarks/results")
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR|FILE.json",
+        help="the result, and its logs beside it (default: benchmarks/results)",
+    )
     add("--resume", type=Path, metavar="FILE.json", help="go on with an earlier run's file")
     add("--restarts", type=int, default=0, help=argparse.SUPPRESS)
     add("--show", type=Path, metavar="FILE.json", help="print a result; needs no GPU")
@@ -60,7 +66,8 @@ def opened(args: argparse.Namespace, machine: Json) -> Record:
     from .checks import slug
 
     day = f"{datetime.now(timezone.utc):%Y%m%d}"
-    return Record(args.out or RESULTS / f"{slug(device)}-{day}-{revision[:10]}.json", fresh)
+    name = f"{slug(device)}-{day}-{revision[:10]}.json"
+    return Record(args.out if args.out.suffix == ".json" else args.out / name, fresh)
 
 
 def restart(args: argparse.Namespace, record: Record, clock: Clock) -> None:

@@ -7,11 +7,14 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,9 @@ SMI_FIELDS = (
 )
 EXERCISE = ("-m", "benchmarks.gpu.exercise")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-
-class Stop(Exception):
-    """The run cannot go on; the message says why."""
+# The tests that need a device, and what the binding says of one.
+TESTS = tuple(f"tests/test_cuda{name}.py" for name in ("", "_gradients", "_runtime", "_host"))
+WORKERS = "10"  # of pytest: each has a CUDA context of its own
 
 
 def output(*command: str) -> str | None:
@@ -52,10 +54,12 @@ def slug(name: str) -> str:  # machine.slug can be imported only once lstmfused 
 
 
 def revision(given: str | None) -> Json:
+    if given:  # the sources were brought here, and git knows nothing of what they were there
+        return {"revision": given, "dirty": None}
     commit = output("git", "rev-parse", "HEAD")
     changes = output("git", "status", "--porcelain", "--untracked-files=no")
     dirty = None if changes is None or not commit else bool(changes)
-    return {"revision": given or commit or "unknown", "dirty": dirty}
+    return {"revision": commit or "unknown", "dirty": dirty}
 
 
 def smi(properties: Any) -> dict[str, str] | None:
@@ -110,9 +114,12 @@ def stale() -> str | None:
     import torch
 
     asked = "import json, lstmfused as l; print(json.dumps([l._ops._C.__file__, l.build_info()]))"
-    done = subprocess.run(
-        python("-c", asked), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    try:
+        done = subprocess.run(
+            python("-c", asked), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "importing it takes longer than two minutes"
     if done.returncode:
         return done.stderr.strip().splitlines()[-1][:300]
     file, info = json.loads(done.stdout.strip().splitlines()[-1])
@@ -122,10 +129,8 @@ def stale() -> str | None:
         return "built without CUDA"
     if Path(file).parent != ROOT / "lstmfused":
         return f"{file} is not of this repository"
-    built = Path(file).stat().st_mtime
-    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    newer = [path for path in sources if path.stat().st_mtime > built]
-    return f"{newer[0].relative_to(ROOT)} has changed since it was built" if newer else None
+    digest = runpy.run_path(str(ROOT / "csrc" / "digest.py"))["digest"]()
+    return None if info["digest of the sources"] == digest else "the sources have changed since"
 
 
 def build(clock: Clock, logs: Path) -> Json:
@@ -168,13 +173,23 @@ def smoke(clock: Clock, logs: Path) -> Json:
 
 
 def tests(clock: Clock, logs: Path, *given: str) -> Json:
-    files = given or [str(path) for path in sorted((ROOT / "tests").glob("test_cuda*.py"))]
+    files = given or TESTS
     for file in files:
         if not (ROOT / file).exists():
             return {"status": "left out", "reason": f"{file} not found"}
     report, log = logs / "tests.xml", logs / "tests.log"
     report.unlink(missing_ok=True)
-    options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
+    # Else a warning on import, which pyproject.toml makes an error, would end all tests.
+    options: tuple[str, ...] = (
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        "-Wdefault",
+    )
+    if not given and find_spec("xdist"):
+        options += ("-n", WORKERS)
     found = run(python("-m", "pytest", *files, *options), log, max(1, clock.left() - 10))
     parsed = outcomes(log.read_text(encoding="utf-8", errors="replace"))
     with suppress(OSError, SyntaxError):  # killed before it was written; ParseError is the latter
@@ -186,21 +201,24 @@ def tests(clock: Clock, logs: Path, *given: str) -> Json:
 
 
 def sanitize(clock: Clock, logs: Path) -> Json:
+    """All tools side by side: each is busy on the host most of the time."""
     program = tool("compute-sanitizer")
     if program is None:
         return {"status": "left out", "reason": "compute-sanitizer not found"}
-    found: Json = {"program": program, "tools": {}}
-    for done, name in enumerate(SANITIZERS):
+    seconds = clock.left()
+
+    def ran(name: str) -> Json:
         log = logs / f"{name}.log"
         # What other kernels write has to be seen, too, where reads of unwritten memory are sought.
         only = () if name == "initcheck" else ("--kernel-name", "kernel_substring=lstmfused")
         options = ("--tool", name, "--error-exitcode", "99", "--print-limit", "20", *only)
         command = [program, *options, *python(*EXERCISE, "--unchecked")]
         # Without the cache every tensor is an allocation whose borders are known.
-        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        share = clock.part(1 / (len(SANITIZERS) - done)).left()
-        ran = run(command, log, share, env)
+        found = run(command, log, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         text = log.read_text(encoding="utf-8", errors="replace")
-        found["tools"][name] = {**sanitized(text), **ran, "exercised": len(exercised(log))}
-    right = all(t["errors"] == 0 and t["returncode"] == 0 for t in found["tools"].values())
-    return {"status": "done" if right else "failed", **found}
+        return {**sanitized(text), **found, "exercised": len(exercised(log))}
+
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        tools = dict(zip(SANITIZERS, pool.map(ran, SANITIZERS), strict=True))
+    right = all(t["errors"] == 0 and t["returncode"] == 0 for t in tools.values())
+    return {"status": "done" if right else "failed", "program": program, "tools": tools}

@@ -12,7 +12,7 @@ from lstmfused._ops import _C
 
 from .plan import DTYPES, Cell
 
-PATHS = ("few_rows", "tensor_cores", "products")
+PATHS = ("few_rows", "tensor_cores", "warpgroups", "products")
 _c: Any = _C
 
 

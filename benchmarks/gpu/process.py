@@ -95,7 +95,11 @@ OUTCOMES = {
 
 def outcomes(text: str) -> dict[str, Any]:
     """Of pytest -v, also of one that did not come to its end."""
-    found = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.M)
+    words = "|".join(OUTCOMES)
+    found = re.findall(rf"^(\S+::.*?) ({words})\b", text, re.M)
+    # pytest-xdist: [gw0] [ 25%] PASSED tests/test_cuda.py::test_parity
+    beside = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({words}) (\S+::.*?) *$", text, re.M)
+    found += [(name, word) for word, name in beside]
     counts = Counter(OUTCOMES[word] for _, word in found)
     names = [name for name, word in found if word in ("FAILED", "ERROR")]
     return {"counts": dict(counts), "failures": [{"name": name, "lines": []} for name in names]}

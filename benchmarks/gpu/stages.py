@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import traceback
@@ -23,6 +24,12 @@ class Context(NamedTuple):
     quick: bool
     seed: int
     restarted: bool = False  # to go on behind what took the device away
+
+    def keep_logs(self) -> None:
+        """As one file beside the result, so that whoever fetches that has them, too."""
+        if self.logs.is_dir():
+            name = self.record.path.with_suffix("")
+            shutil.make_archive(f"{name}-logs", "gztar", self.logs)
 
 
 class Stage(NamedTuple):
@@ -144,12 +151,12 @@ def cells(
 
 STAGES = {
     "build": Stage(build, 0.6, 300, vital=True),
-    "smoke": Stage(smoke, 0.25, 90, vital=True),
-    "tests": Stage(tests, 0.35, 180),
-    "sanitizer": Stage(sanitizer, 0.25, 150),
-    "ceilings": Stage(ceilings, 0.25, 40),
-    "benchmark": Stage(benchmark, 0.8),
-    "crossovers": Stage(crossovers, 1.0),
+    "smoke": Stage(smoke, 0.15, 60),
+    "ceilings": Stage(ceilings, 0.1, 40),
+    "crossovers": Stage(crossovers, 0.25, 120),
+    "benchmark": Stage(benchmark, 0.6),
+    "tests": Stage(tests, 0.65, 180),
+    "sanitizer": Stage(sanitizer, 1.0, 150),
 }
 
 
@@ -181,6 +188,7 @@ def run(
         except Exception:
             found = {"status": "failed", "error": traceback.format_exc().splitlines()[-12:]}
         record.stage(name, {**found, "stage_seconds": round(clock.now() - start, 2)})
+        context.keep_logs()
         if stage.vital and found["status"] != "done":
             stop = f"{name} failed"
     return stop

@@ -23,11 +23,11 @@ static void gate_gradients(const Backward<T>& p, Range stretch, Range rows) {
     const T* gates = p.gates + row * 4 * p.H + u;
     const Gates<Vec<A>> gate{load_upto(gates, n), load_upto(gates + p.H, n), load_upto(gates + 2 * p.H, n),
                              load_upto(gates + 3 * p.H, n)};
-    const Vec<A> c = load_upto(p.cx + row * p.cx_stride + u, n);
+    const Vec<A> c = load_cell(p.cx, row * p.cx_stride + u, n, p.wide_cell);
     const Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
-    Vec<A> grad_c = p.grad_c ? load_upto(p.grad_c + row * p.grad_c_stride + u, n) : Vec<A>{};
+    Vec<A> grad_c = p.grad_c ? load_cell(p.grad_c, row * p.grad_c_stride + u, n, p.wide_cell) : Vec<A>{};
     const Gates<Vec<A>> grad = step_backward<Math>(gate, c, grad_h, grad_c);
-    if (p.grad_cx) store_upto(p.grad_cx + row * p.H + u, grad_c, n);
+    if (p.grad_cx) store_cell(p.grad_cx, row * p.H + u, grad_c, n, p.wide_cell);
     A* out = p.grad_gates + r * p.grad_gates_stride + u;
     store_upto(out, grad.i, n);
     store_upto(out + p.H, grad.f, n);
@@ -105,7 +105,7 @@ static void backward_stretch(const Backward<T>& p, Range stretch, const Pool& po
   const auto of_weights = [&](const T* from, int64_t from_stride, T* out,
                               int64_t N) -> Product<T, Columns<A>> {
     return {{p.grad_gates, p.grad_gates_stride, B},
-            from + begin * from_stride,
+            out ? from + begin * from_stride : nullptr,
             from_stride,
             out,
             G,

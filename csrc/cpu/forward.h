@@ -50,7 +50,8 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
     store(place(3, i), gate.o);
   };
   Vec<A> c[N], h[N];
-  for (int r = 0; r < N; r++) c[r] = r < rows ? load_upto(p.cx + (row + r) * p.cx_stride + u, n) : Vec<A>{};
+  for (int r = 0; r < N; r++)
+    c[r] = r < rows ? load_cell(p.cx, (row + r) * p.cx_stride + u, n, p.wide_cell) : Vec<A>{};
   transpose<A>(c);
   finish<A>(
       n, c, h, [&](int64_t i) { return Gates<Vec<A>>{sum(0, i), sum(1, i), sum(2, i), sum(3, i)}; }, save);
@@ -58,7 +59,8 @@ static void finish_block(const Forward<T>& p, int64_t row, int64_t rows, int64_t
     transpose<A>(block);
     for (int64_t r = 0; r < rows; r++) store_upto(to + r * stride, block[r], n);
   };
-  write(c, p.c + row * p.H + u, p.H);
+  transpose<A>(c);
+  for (int64_t r = 0; r < rows; r++) store_cell(p.c, (row + r) * p.H + u, c[r], n, p.wide_cell);
   write(h, p.h + row * p.H + u, p.H);
   for (int gate = 0; gate < 4 && p.gates; gate++) {
     Vec<A> block[N];
@@ -352,7 +354,8 @@ static void forward_dot(const Forward<T>& p, Range some, Range rows) {
   for (int64_t begin = 0; begin < rows.size; begin += N) {
     const int64_t row = rows.begin + begin, count = rows.size - begin < N ? rows.size - begin : N;
     Vec<A> c[N], h[N];
-    for (int64_t r = 0; r < count; r++) c[r] = load_upto(p.cx + (row + r) * p.cx_stride + u0, n);
+    for (int64_t r = 0; r < count; r++)
+      c[r] = load_cell(p.cx, (row + r) * p.cx_stride + u0, n, p.wide_cell);
     const auto sum = [&](int64_t r) {
       Vec<A> s[4];
       for (int i = 0; i < 4; i++) s[i] = load(sums + ((begin + r) * 4 + i) * N);
@@ -369,7 +372,7 @@ static void forward_dot(const Forward<T>& p, Range some, Range rows) {
     };
     finish<A>(count, c, h, sum, save);
     for (int64_t r = 0; r < count; r++) {
-      store_upto(p.c + (row + r) * p.H + u0, c[r], n);
+      store_cell(p.c, (row + r) * p.H + u0, c[r], n, p.wide_cell);
       store_upto(p.h + (row + r) * p.H + u0, h[r], n);
     }
   }

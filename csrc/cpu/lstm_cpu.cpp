@@ -127,7 +127,7 @@ Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
 // gates are undefined where they are not wanted.
 State compute(const ForwardTensors& given, const Tensor& gates) {
   const at::ScalarType dtype = given.input->scalar_type();
-  const Tensor h = empty({given.B, given.H}, dtype), c = empty({given.B, given.H}, dtype);
+  const Tensor h = empty({given.B, given.H}, dtype), c = empty({given.B, given.H}, given.cx->scalar_type());
   if (h.numel())
     with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
@@ -139,6 +139,8 @@ State compute(const ForwardTensors& given, const Tensor& gates) {
 State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
            const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
   return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
+    if (!has_kernel(x.scalar_type(), c.scalar_type()))
+      return torch_lstm_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
     return compute(forward_tensors(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh), /*gates=*/{});
   });
 }
@@ -156,13 +158,13 @@ StateAndGates forward(const Tensor& input, const Tensor& hx, const Tensor& cx, c
 // of fewer units, loads would wait for the stores just before them.
 template <bool in_place>
 Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
-                   const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                   const Tensor& weight_hh, std::array<bool, 7> output_mask) {
+                   const OptionalTensor& input, const OptionalTensor& hx, const Tensor& cx,
+                   const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                   std::array<bool, 7> output_mask) {
   const BackwardTensors given =
-      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
-  const at::ScalarType dtype = input.scalar_type();
-  const Gradients gradients =
-      given.gradients(output_mask, [&](at::IntArrayRef shape) { return empty(shape, dtype); });
+      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
+  const at::ScalarType dtype = gates.scalar_type();
+  const Gradients gradients = given.gradients(output_mask, empty);
   if (!cx.numel()) return gradients;
 
   with_kernels(dtype, [&](const auto& kernels) {

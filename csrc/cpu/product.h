@@ -34,9 +34,9 @@ struct Product {
   int64_t right_stride;
   T* out;
   int64_t M, K, N;
-  bool fresh;  // or added to what is in out, which then holds sums
-  int64_t depth, across, down;
-  bool past_cache, far, far_right;
+  bool fresh;                               // or added to what is in out, which then holds sums
+  int64_t depth = 0, across = 0, down = 0;  // no task where out is null
+  bool past_cache = false, far = false, far_right = false;
 
   Product(Left left, const T* right, int64_t right_stride, T* out, int64_t M, int64_t N, bool fresh,
           const Pool& pool)
@@ -48,6 +48,7 @@ struct Product {
         K(left.depth),
         N(N),
         fresh(fresh) {
+    if (!out) return;
     depth = M <= kFew ? kFewDepth : kDepth;
     past_cache = kInPlace && fresh && K <= depth && M * N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                  N * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
@@ -74,7 +75,7 @@ struct Product {
     }
   }
 
-  int64_t tasks() const { return out ? across * down : 0; }
+  int64_t tasks() const { return across * down; }
   int64_t work() const { return out ? M * K * N : 0; }
 
   void run(int64_t task) const {

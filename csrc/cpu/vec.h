@@ -241,6 +241,20 @@ LSTMFUSED_INLINE void store_upto(T* p, Vec<Accumulate<T>> v, int64_t n) {
   n >= kLanes<Accumulate<T>> ? store(p, v) : store_some(p, v, n);
 }
 
+// The same at p[at] of a cell state or its gradient, which is of type T or, if wide, of Accumulate<T>.
+template <class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE Vec<A> load_cell(const T* p, int64_t at, int64_t n, [[maybe_unused]] bool wide) {
+  if constexpr (sizeof(T) < sizeof(A))
+    if (wide) return load_upto(reinterpret_cast<const A*>(p) + at, n);
+  return load_upto(p + at, n);
+}
+template <class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE void store_cell(T* p, int64_t at, Vec<A> v, int64_t n, [[maybe_unused]] bool wide) {
+  if constexpr (sizeof(T) < sizeof(A))
+    if (wide) return store_upto(reinterpret_cast<A*>(p) + at, v, n);
+  store_upto(p + at, v, n);
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Factors: what a lane of a product multiplies. A number in the type of the sums or, where bfloat16 has dot
 // products, two numbers that follow each other.

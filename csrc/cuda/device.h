@@ -16,6 +16,7 @@
 #include "../lstm.h"
 
 #define LSTMFUSED_DEVICE static __device__ __forceinline__
+#define LSTMFUSED_BOTH static __host__ __device__ __forceinline__  // asked before the launch, too
 
 namespace lstmfused {
 namespace cuda {
@@ -45,15 +46,26 @@ LSTMFUSED_DEVICE double reciprocal(double x) { return 1 / x; }
 // 16 bytes that nobody writes while the kernel runs, read once: they leave the first-level cache to others.
 LSTMFUSED_DEVICE uint4 load_once(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from));
   return x;
 }
 
+// In one access: the compiler makes of a store of CUDA's vectors one for each field, where it likes.
+LSTMFUSED_DEVICE void store_global(void* to, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+LSTMFUSED_DEVICE void store_global(void* to, uint2 x) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+LSTMFUSED_DEVICE void store_global(void* to, uint32_t x) { *static_cast<uint32_t*>(to) = x; }
+LSTMFUSED_DEVICE void store_global(void* to, uint16_t x) { *static_cast<uint16_t*>(to) = x; }
+
 // The block's shared memory, as much as the launch asked for.
 LSTMFUSED_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char lstmfused_shared[];
+  extern __shared__ __align__(1024) unsigned char lstmfused_shared[];  // as swizzles want it
   return lstmfused_shared;
 }
 
@@ -101,6 +113,68 @@ LSTMFUSED_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const u
   LSTMFUSED_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 #undef LSTMFUSED_MMA
+
+// ---------------------------------------------------------------------------------------------------
+// Matrices, of a warpgroup: four warps, on Hopper alone
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// What this thread copied to shared memory is seen by the matrix instructions of all, once they know that
+// it has come.
+LSTMFUSED_DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Products read shared memory and add to registers until they are waited for.
+LSTMFUSED_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LSTMFUSED_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most N of the last groups are under way.
+template <int N>
+LSTMFUSED_DEVICE void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Rows of 128 bytes in the 128-byte swizzle, eight of them 1024 bytes from the next eight, K along the
+// rows.
+LSTMFUSED_DEVICE uint64_t descriptor(const void* shared) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32;
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+
+// sums (64, 2 N) += a (64, 32 bytes) @ b (2 N, 32 bytes)^T. With q = 16 (warp % 4) + lane / 4 and t = lane
+// % 4, sums[4 j ..] are rows q (twice) and q + 8 (twice), columns 8 j + 2 t and 8 j + 2 t + 1.
+#define LSTMFUSED_FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define LSTMFUSED_SIXTEEN(i) \
+  LSTMFUSED_FOUR(i), LSTMFUSED_FOUR(i + 4), LSTMFUSED_FOUR(i + 8), LSTMFUSED_FOUR(i + 12)
+#define LSTMFUSED_32_NAMES                                                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LSTMFUSED_64_NAMES                                                                                 \
+  LSTMFUSED_32_NAMES                                                                                       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LSTMFUSED_WGMMA(T, type)                                                                      \
+  LSTMFUSED_DEVICE void multiply_group(float (&sums)[32], const void* a, const void* b, T) {          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" LSTMFUSED_32_NAMES  \
+                 "}, %32, %33, 1, 1, 1, 0, 0;"                                                        \
+                 : LSTMFUSED_SIXTEEN(0), LSTMFUSED_SIXTEEN(16)                                        \
+                 : "l"(descriptor(a)), "l"(descriptor(b)));                                           \
+  }                                                                                                   \
+  LSTMFUSED_DEVICE void multiply_group(float (&sums)[64], const void* a, const void* b, T) {          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" LSTMFUSED_64_NAMES \
+                 "}, %64, %65, 1, 1, 1, 0, 0;"                                                        \
+                 : LSTMFUSED_SIXTEEN(0), LSTMFUSED_SIXTEEN(16), LSTMFUSED_SIXTEEN(32),                \
+                   LSTMFUSED_SIXTEEN(48)                                                              \
+                 : "l"(descriptor(a)), "l"(descriptor(b)));                                           \
+  }
+LSTMFUSED_WGMMA(bfloat16, "bf16")
+LSTMFUSED_WGMMA(float16, "f16")
+#undef LSTMFUSED_FOUR
+#undef LSTMFUSED_SIXTEEN
+#undef LSTMFUSED_32_NAMES
+#undef LSTMFUSED_64_NAMES
+#undef LSTMFUSED_WGMMA
+#endif
+
+// ---------------------------------------------------------------------------------------------------
 
 // Rounds a float to the nearest tf32; the matrix instruction would cut it off.
 LSTMFUSED_DEVICE uint32_t to_tf32(uint32_t bits) {

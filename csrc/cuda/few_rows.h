@@ -1,8 +1,9 @@
 // Few rows: a step as dot products, in one launch. Weights are read as they lie, once for up to
 // eight rows.
 //
-// Each unit has one warp, or more where units are few: lanes run along K, the four gates of some rows are
-// summed at once, and what the lanes have is added up in an order that depends on neither batch nor row.
+// Each unit has one warp, or more where units are few: lanes run along K, over the input and then the
+// state, the four gates of some rows are summed at once, and what the lanes have is added up in an order
+// that depends on neither batch nor row.
 #pragma once
 #include "kernels.h"
 #include "step.h"
@@ -20,41 +21,16 @@ struct Piece {
 template <int N, bool kOnce, class T>
 LSTMFUSED_DEVICE Piece<N, T> load_piece(const T* from) {
   Piece<N, T> piece;
-  if constexpr (N == 1) {
-    piece.at[0] = widen(*from);
+  Vector<T, N> vector;
+  if constexpr (kOnce && N > 1) {
+    const uint4 bits = load_once(from);
+    memcpy(&vector, &bits, sizeof vector);
   } else {
-    Vector<T> vector;
-    if constexpr (kOnce) {
-      const uint4 bits = load_once(from);
-      memcpy(&vector, &bits, sizeof vector);
-    } else {
-      vector = *reinterpret_cast<const Vector<T>*>(from);
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) piece.at[i] = widen(vector.at[i]);
+    vector = load_vector<N>(from);
   }
+#pragma unroll
+  for (int i = 0; i < N; i++) piece.at[i] = widen(vector.at[i]);
   return piece;
-}
-
-// sums[r][gate] += left[r] . weight[gate * H + unit], of which this thread has the pieces from `first` on,
-// `step` apart. Rows beyond the last repeat it: nobody looks at their sums.
-template <int R, int N, class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE void add_dots(A (&sums)[R * 4], const T* left, int64_t left_stride, int last,
-                               const T* weight, int64_t H, int64_t unit, int64_t K, int first, int step) {
-#pragma unroll 2
-  for (int k = first; k < K; k += step) {
-    Piece<N, T> w[4];
-#pragma unroll
-    for (int gate = 0; gate < 4; gate++) w[gate] = load_piece<N, true>(weight + (gate * H + unit) * K + k);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      const Piece<N, T> x = load_piece<N, false>(left + (r < last ? r : last) * left_stride + k);
-#pragma unroll
-      for (int gate = 0; gate < 4; gate++)
-#pragma unroll
-        for (int i = 0; i < N; i++) sums[r * 4 + gate] += x.at[i] * w[gate].at[i];
-    }
-  }
 }
 
 // Adds up each of `Count` (a power of two) sums over the lanes of a warp. Lane l gets sum l * Count / 32:
@@ -85,13 +61,39 @@ __global__ void few_rows(const Forward<T> p) {
   const int64_t row = int64_t(blockIdx.x) * R;
   const int last = p.B - row < R ? int(p.B - row) - 1 : R - 1;
 
+  // Lane r of the first warp finishes row r: what it needs comes while the sums are made.
+  const bool finishes = warp == 0 && lane <= last && unit < p.H;
+  A bias[4][1] = {}, cx[1] = {};
+  if (finishes) {
+    load_bias(bias, p, unit, true);
+    load_cx(cx, p, row + lane, unit, true);
+  }
+
+  // sums[r * 4 + gate], of the pieces that this thread has of [input | hx]: one loop over both, so that the
+  // first loads of the one wait for none of the other. Rows beyond the last repeat it: nobody looks at
+  // these.
   const int64_t some_unit = unit < p.H ? unit : p.H - 1;  // all threads must come to the barrier
-  const int first = (warp * kWarp + lane) * N, step = warps * kWarp * N;
+  const int inputs = int((p.I + N - 1) / N), pieces = inputs + int((p.H + N - 1) / N);
   A sums[R * 4] = {};
-  add_dots<R, N>(sums, p.input + row * p.input_stride, p.input_stride, last, p.weight_ih, p.H, some_unit,
-                 p.I, first, step);
-  add_dots<R, N>(sums, p.hx + row * p.hx_stride, p.hx_stride, last, p.weight_hh, p.H, some_unit, p.H, first,
-                 step);
+#pragma unroll(R > 2 ? 2 : 4)
+  for (int piece = warp * kWarp + lane; piece < pieces; piece += warps * kWarp) {
+    const bool of_input = piece < inputs;
+    const int64_t K = of_input ? p.I : p.H, k = int64_t(of_input ? piece : piece - inputs) * N;
+    const T* const weight = (of_input ? p.weight_ih : p.weight_hh) + some_unit * K + k;
+    const int64_t stride = of_input ? p.input_stride : p.hx_stride;
+    const T* const left = (of_input ? p.input : p.hx) + row * stride + k;
+    Piece<N, T> w[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++) w[gate] = load_piece<N, true>(weight + gate * p.H * K);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const Piece<N, T> x = load_piece<N, false>(left + (r < last ? r : last) * stride);
+#pragma unroll
+      for (int gate = 0; gate < 4; gate++)
+#pragma unroll
+        for (int i = 0; i < N; i++) sums[r * 4 + gate] += x.at[i] * w[gate].at[i];
+    }
+  }
 
   constexpr int kLanesOfSum = kWarp / (R * 4);
   A* const shared = reinterpret_cast<A*>(shared_memory()) + threadIdx.z * warps * R * 4;  // (warps, R, 4)
@@ -99,14 +101,26 @@ __global__ void few_rows(const Forward<T> p) {
   if (lane % kLanesOfSum == 0) shared[warp * R * 4 + lane / kLanesOfSum] = sum;
   __syncthreads();
 
-  const int r = lane;
-  if (warp > 0 || r > last || unit >= p.H) return;
-  Gates<A> total{};
-  for (int w = 0; w < warps; w++) {
-    const A* part = shared + (w * R + r) * 4;
-    total = {total.i + part[0], total.f + part[1], total.g + part[2], total.o + part[3]};
-  }
-  finish_state(p, row + r, unit, total, sum_bias(p, unit));
+  if (!finishes) return;
+  A total[4][1] = {};
+  for (int w = 0; w < warps; w++)
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++) total[gate][0] += shared[(w * R + lane) * 4 + gate];
+  finish_states(p, row + lane, unit, total, bias, cx, true);
+}
+
+// Rows that a block makes. More of them read the weights fewer times, and leave more of the processor idle
+// where units are few: as many as keep what all blocks read from the second-level cache below a limit. Of
+// half types a vector has eight elements: more than four rows of these take too many registers.
+template <class T>
+constexpr int kMostRows = sizeof(T) == 2 ? 4 : 8;
+template <class T>
+static int rows_of_block(const Forward<T>& p) {
+  constexpr int64_t kReadBytes = 2 << 20;
+  const int64_t weights = 4 * p.H * (p.I + p.H) * int64_t(sizeof(T));
+  int rows = 1;
+  while (rows < kMostRows<T> && rows < p.B && ceil_div(p.B, rows) * weights > kReadBytes) rows *= 2;
+  return rows;
 }
 
 template <class T>
@@ -116,9 +130,9 @@ const char* forward_few_rows(const Forward<T>& p, const Device& device) {
   const auto run = [&](auto rows, auto width) {
     constexpr int R = decltype(rows)::value, N = decltype(width)::value;
     // As many warps a unit as find work and a multiprocessor has room for, whatever the batch.
-    const int64_t K = p.I > p.H ? p.I : p.H;
     unsigned warps = 1;
-    while (warps < 8 && 2 * warps * kWarp * N <= K && 2 * warps * p.H <= 16 * device.multiprocessors)
+    while (warps < 8 && 2 * warps * kWarp * N <= p.I + p.H &&
+           2 * warps * p.H <= 16 * device.multiprocessors)
       warps *= 2;
     const unsigned units = warps * kWarp < kFewThreads ? kFewThreads / kWarp / warps : 1;
     const dim3 grid(unsigned(ceil_div(p.B, R)), unsigned(ceil_div(p.H, units)));
@@ -128,9 +142,12 @@ const char* forward_few_rows(const Forward<T>& p, const Device& device) {
   const auto with_width = [&](auto rows) {
     return vectors ? run(rows, Number<kVector<T>>{}) : run(rows, Number<1>{});
   };
-  if (p.B == 1) return with_width(Number<1>{});
-  if (p.B == 2) return with_width(Number<2>{});
-  return p.B <= 4 ? with_width(Number<4>{}) : with_width(Number<8>{});
+  switch (rows_of_block(p)) {
+    case 1: return with_width(Number<1>{});
+    case 2: return with_width(Number<2>{});
+    case 4: return with_width(Number<4>{});
+    default: return with_width(Number<kMostRows<T>>{});
+  }
 }
 
 }  // namespace cuda

@@ -10,51 +10,60 @@ namespace cuda {
 // ---------------------------------------------------------------------------------------------------
 // Gates
 
-constexpr int kGradientRows = 8;  // of a block at a time
-constexpr int kRowsOfPiece = 32;  // of the batch, at least
+constexpr int kGradientUnits = 32;  // of a block
+constexpr int kGradientRows = 32;   // of a block at a time, and of a piece of the batch at least
 
-// Block (32 units, kGradientRows), grid (blocks of units, pieces of the batch). Each block sums its piece
-// of the bias gradients in the order of the rows: no atomics, so the same bits at every call.
-template <class T>
-__global__ void gate_gradients_kernel(const Backward<T, T> p, int64_t rows_of_piece, Accumulate<T>* partial,
-                                      T* bias_ih, T* bias_hh) {
+// Block (threads of N units, kGradientRows), grid (blocks of units, pieces of the batch). Each block sums
+// its piece of the bias gradients in the order of the rows: no atomics, so the same bits at every call.
+template <class T, int N>
+__global__ void __launch_bounds__(kGradientUnits / N * kGradientRows)
+    gate_gradients_kernel(const Backward<T, T> p, int64_t rows_of_piece, Accumulate<T>* partial, T* bias_ih,
+                          T* bias_hh, bool vectors) {
   using A = Accumulate<T>;
   using Math = ScalarMath<A>;
-  const int64_t unit = int64_t(blockIdx.x) * kWarp + threadIdx.x;
+  const int64_t unit = int64_t(blockIdx.x) * kGradientUnits + threadIdx.x * N, count = p.H - unit;
   const int64_t begin = int64_t(blockIdx.y) * rows_of_piece;
   const int64_t end = begin + rows_of_piece < p.B ? begin + rows_of_piece : p.B;
-  const bool inside = unit < p.H;
-  A sums[4] = {};
-  for (int64_t row = begin + threadIdx.y; inside && row < end; row += kGradientRows) {
-    const T* gates = p.gates + row * 4 * p.H + unit;
-    const Gates<A> gate{widen(gates[0]), widen(gates[p.H]), widen(gates[2 * p.H]), widen(gates[3 * p.H])};
-    const A grad_h = p.grad_h ? widen(p.grad_h[row * p.grad_h_stride + unit]) : A(0);
-    A grad_c = p.grad_c ? widen(p.grad_c[row * p.grad_c_stride + unit]) : A(0);
-    const Gates<A> grad =
-        step_backward<Math>(gate, A(widen(p.cx[row * p.cx_stride + unit])), grad_h, grad_c);
-    if (p.grad_cx) narrow(grad_c, p.grad_cx[row * p.H + unit]);
-    T* out = p.grad_gates + row * p.grad_gates_stride + unit;
-    narrow(grad.i, out[0]);
-    narrow(grad.f, out[p.H]);
-    narrow(grad.g, out[2 * p.H]);
-    narrow(grad.o, out[3 * p.H]);
-    sums[0] += grad.i;
-    sums[1] += grad.f;
-    sums[2] += grad.g;
-    sums[3] += grad.o;
+  A sums[4][N] = {};
+  for (int64_t row = begin + threadIdx.y; count > 0 && row < end; row += kGradientRows) {
+    A gates[4][N], cx[N], grad_h[N] = {}, grad_c[N] = {};
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++)
+      load_elements<N>(gates[gate], p.gates + (row * 4 + gate) * p.H + unit, vectors, count);
+    load_cell(cx, p.cx, row * p.cx_stride + unit, p.wide_cell, vectors, count);
+    if (p.grad_h) load_elements<N>(grad_h, p.grad_h + row * p.grad_h_stride + unit, vectors, count);
+    if (p.grad_c) load_cell(grad_c, p.grad_c, row * p.grad_c_stride + unit, p.wide_cell, vectors, count);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const Gates<A> grad = step_backward<Math>(
+          Gates<A>{gates[0][i], gates[1][i], gates[2][i], gates[3][i]}, cx[i], grad_h[i], grad_c[i]);
+      sums[0][i] += gates[0][i] = grad.i;
+      sums[1][i] += gates[1][i] = grad.f;
+      sums[2][i] += gates[2][i] = grad.g;
+      sums[3][i] += gates[3][i] = grad.o;
+    }
+    if (p.grad_cx) store_cell(p.grad_cx, row * p.H + unit, grad_c, p.wide_cell, vectors, count);
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++)
+      store_elements(p.grad_gates + row * p.grad_gates_stride + gate * p.H + unit, gates[gate], vectors,
+                     count);
   }
   if (!partial && !bias_ih && !bias_hh) return;
 
-  A* const shared = reinterpret_cast<A*>(shared_memory());  // (kGradientRows, 4, 32)
+  A* const shared = reinterpret_cast<A*>(shared_memory());  // (kGradientRows, 4, kGradientUnits)
 #pragma unroll
-  for (int gate = 0; gate < 4; gate++) shared[(threadIdx.y * 4 + gate) * kWarp + threadIdx.x] = sums[gate];
+  for (int gate = 0; gate < 4; gate++)
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      shared[(threadIdx.y * 4 + gate) * kGradientUnits + threadIdx.x * N + i] = sums[gate][i];
   __syncthreads();
-  const int gate = threadIdx.y;
-  if (gate >= 4 || !inside) return;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int64_t own_unit = int64_t(blockIdx.x) * kGradientUnits + thread % kGradientUnits;
+  if (thread >= 4 * kGradientUnits || own_unit >= p.H) return;
   A total = 0;
 #pragma unroll
-  for (int r = 0; r < kGradientRows; r++) total += shared[(r * 4 + gate) * kWarp + threadIdx.x];
-  const int64_t at = gate * p.H + unit;
+  for (int r = 0; r < kGradientRows; r++) total += shared[r * 4 * kGradientUnits + thread];
+  const int64_t at = thread / kGradientUnits * p.H + own_unit;
   if (partial) partial[blockIdx.y * 4 * p.H + at] = total;
   if (bias_ih) narrow(total, bias_ih[at]);
   if (bias_hh) narrow(total, bias_hh[at]);
@@ -74,8 +83,8 @@ __global__ void sum_pieces(const Accumulate<T>* partial, int64_t pieces, int64_t
 
 template <class T>
 int64_t bias_pieces(const Problem& problem, const Device& device) {
-  const int64_t most = ceil_div(problem.B, kRowsOfPiece);
-  const int64_t wanted = ceil_div(4 * device.multiprocessors, ceil_div(problem.H, kWarp));
+  const int64_t most = ceil_div(problem.B, kGradientRows);
+  const int64_t wanted = ceil_div(4 * device.multiprocessors, ceil_div(problem.H, kGradientUnits));
   return most < wanted ? most : wanted;
 }
 
@@ -85,12 +94,18 @@ const char* gate_gradients(const Backward<T, T>& p, Accumulate<T>* partial, cons
   const int64_t rows = ceil_div(p.B, pieces);
   pieces = ceil_div(p.B, rows);
   const bool bias = p.grad_bias_ih || p.grad_bias_hh, split = bias && pieces > 1;
-  const dim3 grid(unsigned(ceil_div(p.H, kWarp)), unsigned(pieces)), block(kWarp, kGradientRows);
-  const size_t shared = sizeof(Accumulate<T>) * kGradientRows * 4 * kWarp;
+  constexpr int N = 16 / sizeof(Accumulate<T>);
+  const bool vectors =
+      p.H % N == 0 && aligned<N>(p.gates) && aligned<N>(p.grad_gates, p.grad_gates_stride) &&
+      aligned<N>(p.grad_h, p.grad_h_stride) && aligned_cell<N>(p.cx, p.cx_stride, p.wide_cell) &&
+      aligned_cell<N>(p.grad_c, p.grad_c_stride, p.wide_cell) && aligned_cell<N>(p.grad_cx, 0, p.wide_cell);
+  const dim3 grid(unsigned(ceil_div(p.H, kGradientUnits)), unsigned(pieces));
+  const dim3 block(kGradientUnits / N, kGradientRows);
+  const size_t shared = sizeof(Accumulate<T>) * kGradientRows * 4 * kGradientUnits;
   T* const none = nullptr;
-  const char* error =
-      launch(gate_gradients_kernel<T>, grid, block, shared, device.stream, p, rows,
-             split ? partial : nullptr, split ? none : p.grad_bias_ih, split ? none : p.grad_bias_hh);
+  const char* error = launch(gate_gradients_kernel<T, N>, grid, block, shared, device.stream, p, rows,
+                             split ? partial : nullptr, split ? none : p.grad_bias_ih,
+                             split ? none : p.grad_bias_hh, vectors);
   if (error || !split) return error;
   constexpr int kThreads = 128;
   return launch(sum_pieces<T>, dim3(unsigned(ceil_div(4 * p.H, kThreads))), dim3(kThreads), 0,
@@ -191,15 +206,7 @@ LSTMFUSED_DEVICE void weight_gradients(const Backward<T, T>& p, const FewRowsPro
 #pragma unroll
   for (int r = 0; r < kWeightRows; r++) {
     if (first + r >= 4 * p.H) return;
-    T* to = of.grad_weight + (first + r) * of.K + column;
-    if constexpr (N == 1) {
-      narrow(sums[r][0], *to);
-    } else {
-      Vector<T> vector;
-#pragma unroll
-      for (int i = 0; i < N; i++) narrow(sums[r][i], vector.at[i]);
-      *reinterpret_cast<Vector<T>*>(to) = vector;
-    }
+    store_elements(of.grad_weight + (first + r) * of.K + column, sums[r], true, N);
   }
 }
 

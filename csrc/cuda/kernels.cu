@@ -3,14 +3,11 @@
 #include "gradients.h"
 #include "pointwise.h"
 #include "tensor_cores.h"
+#include "tuning.h"
+#include "warpgroups.h"
 
 namespace lstmfused {
 namespace cuda {
-
-// Batches up to which weights read once per few rows beat what comes next. Estimates: not yet measured.
-constexpr int64_t kFewForTensorCores = 8;
-constexpr int64_t kFewForProducts = 32;
-constexpr int64_t kFewForGradients = 32;
 
 template <class T>
 bool has_tensor_cores(bool tf32, const Device& device) {
@@ -19,15 +16,27 @@ bool has_tensor_cores(bool tf32, const Device& device) {
 }
 
 template <class T>
-Path forward_path(const Problem& problem, const Device& device) {
-  if (has_tensor_cores<T>(problem.tf32, device))
-    return problem.B <= kFewForTensorCores ? Path::kFewRows : Path::kTensorCores;
-  return problem.B <= kFewForProducts || !has_finish<T> ? Path::kFewRows : Path::kProducts;
+bool has_warpgroups(const Device& device) {
+#if defined(LSTMFUSED_SM90A) || defined(LSTMFUSED_SIMT)
+  return sizeof(T) == 2 && device.capability == 90;
+#else
+  return false;  // this build has no code for them
+#endif
 }
 
 template <class T>
-Path backward_path(const Problem& problem, const Device&) {
-  return problem.B <= kFewForGradients ? Path::kFewRows : Path::kProducts;
+static Abilities abilities(const Problem& problem, const Device& device) {
+  return {has_tensor_cores<T>(problem.tf32, device), has_warpgroups<T>(device)};
+}
+
+template <class T>
+Path forward_path(const Problem& problem, const Device& device) {
+  return choose_forward<T>(problem, abilities<T>(problem, device));
+}
+
+template <class T>
+Path backward_path(const Problem& problem, const Device& device) {
+  return choose_backward<T>(problem, abilities<T>(problem, device));
 }
 
 #ifndef LSTMFUSED_SIMT  // there are no devices then
@@ -49,9 +58,11 @@ const char* describe(int index, Device& device) {
 
 #define LSTMFUSED_INSTANTIATE(T)                                                             \
   template bool has_tensor_cores<T>(bool, const Device&);                                    \
+  template bool has_warpgroups<T>(const Device&);                                            \
   template Path forward_path<T>(const Problem&, const Device&);                              \
   template Path backward_path<T>(const Problem&, const Device&);                             \
   template const char* forward_few_rows(const Forward<T>&, const Device&);                   \
+  template const char* finish(const Forward<T>&, const Accumulate<T>*, const Device&);       \
   template int64_t bias_pieces<T>(const Problem&, const Device&);                            \
   template const char* gate_gradients(const Backward<T, T>&, Accumulate<T>*, const Device&); \
   template const char* backward_few_rows(const Backward<T, T>&, const Device&)
@@ -63,8 +74,8 @@ LSTMFUSED_INSTANTIATE(float16);
 template const char* forward_tensor_cores(const Forward<float>&, const Device&);
 template const char* forward_tensor_cores(const Forward<bfloat16>&, const Device&);
 template const char* forward_tensor_cores(const Forward<float16>&, const Device&);
-template const char* finish(const Forward<float>&, const float*, const Device&);
-template const char* finish(const Forward<double>&, const double*, const Device&);
+template const char* forward_warpgroups(const Forward<bfloat16>&, const Device&);
+template const char* forward_warpgroups(const Forward<float16>&, const Device&);
 
 }  // namespace cuda
 }  // namespace lstmfused

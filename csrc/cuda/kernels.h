@@ -22,13 +22,14 @@ struct Problem {
 // How a step is computed.
 enum class Path {
   kFewRows,      // dot products: each weight is read once for up to eight rows
-  kTensorCores,  // matrix instructions, the end of the step in their epilogue
+  kTensorCores,  // matrix instructions of a warp, the end of the step in their epilogue
+  kWarpgroups,   // those of a warpgroup, on Hopper
   kProducts,     // matrix products by another library, then finish()
 };
 template <class T>
 bool has_tensor_cores(bool tf32, const Device&);
 template <class T>
-constexpr bool has_finish = sizeof(T) >= sizeof(float);  // half types would be rounded before finish()
+bool has_warpgroups(const Device&);
 template <class T>
 Path forward_path(const Problem&, const Device&);
 template <class T>
@@ -40,9 +41,11 @@ template <class T>
 const char* forward_few_rows(const Forward<T>&, const Device&);
 template <class T>
 const char* forward_tensor_cores(const Forward<T>&, const Device&);  // where has_tensor_cores()
+template <class T>
+const char* forward_warpgroups(const Forward<T>&, const Device&);  // where has_warpgroups()
 // The end of the step, from sums (B, 4H) = input @ weight_ih^T + hx @ weight_hh^T. p.gates may be sums.
 template <class T>
-const char* finish(const Forward<T>& p, const T* sums, const Device&);  // where has_finish
+const char* finish(const Forward<T>& p, const Accumulate<T>* sums, const Device&);
 
 // The gradients of the gates before activation, of cx and of the biases. partial is scratch of
 // bias_pieces() by 4H, for there may be more pieces of the batch than one.

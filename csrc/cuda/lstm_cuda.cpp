@@ -3,13 +3,16 @@
 #include <ATen/Context.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
+#include <mutex>
 
 #include "../batch.h"
 #include "../tensors.h"
@@ -22,8 +25,10 @@ namespace {
 
 std::atomic<std::optional<Path>> forced{std::nullopt};
 
-constexpr std::array<std::pair<const char*, Path>, 3> kPaths{
-    {{"few_rows", Path::kFewRows}, {"tensor_cores", Path::kTensorCores}, {"products", Path::kProducts}}};
+constexpr std::array<std::pair<const char*, Path>, 4> kPaths{{{"few_rows", Path::kFewRows},
+                                                              {"tensor_cores", Path::kTensorCores},
+                                                              {"warpgroups", Path::kWarpgroups},
+                                                              {"products", Path::kProducts}}};
 
 // f(T{}) with the kernels' name of a dtype; checks.cpp admits no other.
 template <class F>
@@ -38,9 +43,16 @@ auto with_type(at::ScalarType dtype, const F& f) {
 
 void check_status(const char* error) { TORCH_CHECK(!error, "lstm_cell: CUDA error: ", error); }
 
+// Each device is asked for its attributes once: four calls to the driver would be a tenth of a small step.
 Device current_device(c10::Device device) {
-  Device result;
-  check_status(describe(device.index(), result));
+  constexpr int kKnown = 64;  // as many as c10 allows
+  static std::array<Device, kKnown> known;
+  static std::array<std::once_flag, kKnown> asked;
+  const int index = device.index();
+  TORCH_CHECK(index < kKnown, "lstm_cell: expected one of the first ", kKnown, " CUDA devices, got ",
+              device);
+  std::call_once(asked[index], [&] { check_status(describe(index, known[index])); });
+  Device result = known[index];
   result.stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   return result;
 }
@@ -56,7 +68,8 @@ Path path_of(const Problem& problem, const Device& device) {
   const std::optional<Path> wanted = forced;
   const bool possible = wanted == Path::kFewRows ||
                         (wanted == Path::kTensorCores && has_tensor_cores<T>(problem.tf32, device)) ||
-                        (wanted == Path::kProducts && has_finish<T>);
+                        (wanted == Path::kWarpgroups && has_warpgroups<T>(device)) ||
+                        wanted == Path::kProducts;
   return possible ? *wanted : forward_path<T>(problem, device);
 }
 
@@ -73,6 +86,23 @@ struct Below {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
+// (B, 4H) = input @ weight_ih^T + hx @ weight_hh^T by torch's products, in float32 where the tensors are
+// half types; in gates, where these are wanted and wide enough.
+Tensor sums_of(const ForwardTensors& given, const Tensor& gates) {
+  const at::ScalarType dtype = given.input->scalar_type(), wide = at::toOpMathType(dtype);
+  Tensor sums = gates.defined() && dtype == wide
+                    ? gates
+                    : at::empty({given.B, 4 * given.H}, given.input->options().dtype(wide));
+  if (dtype == wide) {
+    at::mm_out(sums, *given.input, given.weight_ih->t());
+    sums.addmm_(*given.hx, given.weight_hh->t());
+  } else {
+    at::mm_out(sums, *given.input, given.weight_ih->t(), wide);
+    at::addmm_out(sums, sums, *given.hx, given.weight_hh->t(), wide);
+  }
+  return sums;
+}
+
 template <class T>
 void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor& gates,
                  const Device& device) {
@@ -81,13 +111,10 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
     case Path::kTensorCores:
       if constexpr (sizeof(T) <= sizeof(float)) check_status(forward_tensor_cores(p, device));
       return;
-    case Path::kProducts:
-      if constexpr (has_finish<T>) {
-        Tensor sums = gates.defined() ? gates : at::empty({p.B, 4 * p.H}, given.input->options());
-        at::mm_out(sums, *given.input, given.weight_ih->t());
-        sums.addmm_(*given.hx, given.weight_hh->t());
-        check_status(finish(p, in<T>(sums), device));
-      }
+    case Path::kWarpgroups:
+      if constexpr (sizeof(T) == 2) check_status(forward_warpgroups(p, device));
+      return;
+    case Path::kProducts: return check_status(finish(p, in<Accumulate<T>>(sums_of(given, gates)), device));
   }
 }
 
@@ -95,7 +122,8 @@ void run_forward(const Forward<T>& p, const ForwardTensors& given, const Tensor&
 State compute(const ForwardTensors& given, const Tensor& gates) {
   TORCH_CHECK_NOT_IMPLEMENTED(!batch_invariant(), "lstm_cell: no batch-invariant kernels for CUDA yet");
   const at::TensorOptions options = given.input->options();
-  const Tensor h = at::empty({given.B, given.H}, options), c = at::empty({given.B, given.H}, options);
+  const Tensor h = at::empty({given.B, given.H}, options),
+               c = at::empty({given.B, given.H}, given.cx->options());
   if (h.numel())
     with_type(given.input->scalar_type(), [&](auto zero) {
       using T = decltype(zero);
@@ -130,24 +158,27 @@ void product(Tensor result, const Tensor& left, const Tensor& right) {
 }
 
 Gradients backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,
-                   const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                   const Tensor& weight_hh, std::array<bool, 7> output_mask) {
+                   const OptionalTensor& input, const OptionalTensor& hx, const Tensor& cx,
+                   const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                   std::array<bool, 7> output_mask) {
   const Below below;
-  const c10::DeviceGuard on_device(input.device());
+  const c10::DeviceGuard on_device(gates.device());
   const BackwardTensors given =
-      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
-  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, input.options()); };
+      backward_tensors(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
+  const auto empty = [&](at::IntArrayRef shape, at::ScalarType dtype) {
+    return at::empty(shape, gates.options().dtype(dtype));
+  };
   const Gradients gradients = given.gradients(output_mask, empty);
   if (!cx.numel()) return gradients;
 
-  const Device device = current_device(input.device());
+  const Device device = current_device(gates.device());
   const Problem problem{given.B, given.I, given.H, allow_tf32()};
-  const Tensor grad_gates = empty({given.B, 4 * given.H});
-  with_type(input.scalar_type(), [&](auto zero) {
+  const Tensor grad_gates = empty({given.B, 4 * given.H}, gates.scalar_type());
+  with_type(gates.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Backward<T, T> p = given.with<T, T>(grad_gates, gradients);
     const Tensor partial = at::empty({bias_pieces<T>(problem, device), 4 * given.H},
-                                     input.options().dtype(at::toOpMathType(input.scalar_type())));
+                                     gates.options().dtype(at::toOpMathType(gates.scalar_type())));
     check_status(gate_gradients(p, out<Accumulate<T>>(partial), device));
     if (backward_path_of<T>(problem, device) == Path::kFewRows) {
       check_status(backward_few_rows(p, device));
@@ -167,17 +198,32 @@ void set_path(const std::string& name) {
   if (name.empty()) return forced.store(std::nullopt);
   for (const auto& [known, path] : kPaths)
     if (name == known) return forced.store(path);
-  TORCH_CHECK_VALUE(false, "expected few_rows, tensor_cores, products or nothing, got '", name, "'");
+  TORCH_CHECK_VALUE(false, "expected few_rows, tensor_cores, warpgroups, products or nothing, got '", name,
+                    "'");
+}
+
+static std::string name_of(Path path) {
+  for (const auto& [name, known] : kPaths)
+    if (path == known) return name;
+  return "";
 }
 
 std::string path(at::ScalarType dtype, int64_t B, int64_t I, int64_t H, bool tf32) {
   const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
   const Device device = current_device(guard.getDevice());
-  const Path chosen =
-      with_type(dtype, [&](auto zero) { return path_of<decltype(zero)>({B, I, H, tf32}, device); });
-  for (const auto& [name, path] : kPaths)
-    if (path == chosen) return name;
-  return "";
+  return name_of(
+      with_type(dtype, [&](auto zero) { return path_of<decltype(zero)>({B, I, H, tf32}, device); }));
+}
+
+std::pair<std::string, std::string> paths_on(int capability, int multiprocessors, int shared_memory,
+                                             at::ScalarType dtype, int64_t B, int64_t I, int64_t H,
+                                             bool tf32) {
+  const Device device{capability, multiprocessors, shared_memory, nullptr, 0};
+  const Problem problem{B, I, H, tf32};
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return std::pair{name_of(forward_path<T>(problem, device)), name_of(backward_path<T>(problem, device))};
+  });
 }
 
 }  // namespace cuda

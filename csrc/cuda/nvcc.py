@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# For these processors, and for later ones as intermediate code.
-ARCH_LIST = "8.0;9.0;9.0a;10.0+PTX"
+# For these processors, and for later ones as intermediate code. 9.0a: all of Hopper, with wgmma.
+ARCH_LIST = "8.0;9.0a;10.0+PTX"
 ARCHITECTURES = [arch.removesuffix("+PTX").replace(".", "") for arch in ARCH_LIST.split(";")]
 
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden"]

@@ -19,44 +19,168 @@ struct ScalarMath {
   LSTMFUSED_DEVICE A tanh(A x) { return ::tanh(x); }
 };
 
-// Both biases of a unit's gates, summed.
-template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE Gates<A> sum_bias(const Forward<T>& p, int64_t unit) {
-  const auto sum = [&](int gate) {
-    const int64_t row = gate * p.H + unit;
-    return (p.bias_ih ? A(widen(p.bias_ih[row])) : A(0)) + (p.bias_hh ? A(widen(p.bias_hh[row])) : A(0));
-  };
-  return {sum(0), sum(1), sum(2), sum(3)};
+// ---------------------------------------------------------------------------------------------------
+// Vectors
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes
+
+template <class T, int N = kVector<T>>
+struct alignas(N * sizeof(T)) Vector {
+  T at[N];
+};
+
+// As one number or one of CUDA's vectors, of which the compiler makes one access; of a struct, one for each
+// of its fields.
+template <int bytes>
+struct AccessType;
+template <>
+struct AccessType<2> {
+  using type = uint16_t;
+};
+template <>
+struct AccessType<4> {
+  using type = uint32_t;
+};
+template <>
+struct AccessType<8> {
+  using type = uint2;
+};
+template <>
+struct AccessType<16> {
+  using type = uint4;
+};
+template <class T, int N>
+using Access = typename AccessType<N * sizeof(T)>::type;
+
+template <int N, class T>
+LSTMFUSED_DEVICE Vector<T, N> load_vector(const T* from) {
+  const auto bits = *reinterpret_cast<const Access<T, N>*>(from);
+  Vector<T, N> vector;
+  memcpy(&vector, &bits, sizeof vector);
+  return vector;
+}
+template <int N, class T>
+LSTMFUSED_DEVICE void store_vector(T* to, const Vector<T, N>& vector) {
+  Access<T, N> bits;
+  memcpy(&bits, &vector, sizeof bits);
+  *reinterpret_cast<Access<T, N>*>(to) = bits;
 }
 
-// From the sums of the products: c', h' and the gates of one state.
-template <class T, class A = Accumulate<T>>
-LSTMFUSED_DEVICE void finish_state(const Forward<T>& p, int64_t row, int64_t unit, const Gates<A>& sums,
-                                   const Gates<A>& bias) {
-  using Math = ScalarMath<A>;
-  const Gates<A> gate =
-      activate<Math>(Gates<A>{sums.i + bias.i, sums.f + bias.f, sums.g + bias.g, sums.o + bias.o});
-  const A c = next_cell(gate, A(widen(p.cx[row * p.cx_stride + unit])));
-  narrow(c, p.c[row * p.H + unit]);
-  narrow(next_hidden<Math>(gate, c), p.h[row * p.H + unit]);
-  if (!p.gates) return;
-  T* gates = p.gates + row * 4 * p.H + unit;
-  narrow(gate.i, gates[0]);
-  narrow(gate.f, gates[p.H]);
-  narrow(gate.g, gates[2 * p.H]);
-  narrow(gate.o, gates[3 * p.H]);
+// N elements, `from` aligned to all of them or each loaded by itself; of those beyond `count`, zeros.
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void load_elements(A (&to)[N], const T* from, bool vectors, int64_t count) {
+  Vector<T, N> vector;
+  if (vectors) {
+    vector = load_vector<N>(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) vector.at[i] = i < count ? from[i] : T{};
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) to[i] = widen(vector.at[i]);
+}
+
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void store_elements(T* to, const A (&from)[N], bool vectors, int64_t count) {
+  Vector<T, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; i++) narrow(from[i], vector.at[i]);
+  if (vectors) {
+    Access<T, N> bits;
+    memcpy(&bits, &vector, sizeof bits);
+    store_global(to, bits);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i < count) to[i] = vector.at[i];
+  }
+}
+
+// Of a cell state or its gradient, which is of type A where it is wide.
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void load_cell(A (&to)[N], const T* from, int64_t at, bool wide, bool vectors,
+                                int64_t count) {
+  if (sizeof(T) < sizeof(A) && wide)
+    return load_elements(to, reinterpret_cast<const A*>(from) + at, vectors, count);
+  load_elements(to, from + at, vectors, count);
+}
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void store_cell(T* to, int64_t at, const A (&from)[N], bool wide, bool vectors,
+                                 int64_t count) {
+  if (sizeof(T) < sizeof(A) && wide)
+    return store_elements(reinterpret_cast<A*>(to) + at, from, vectors, count);
+  store_elements(to + at, from, vectors, count);
+}
+
+// Whether N elements may be loaded from rows that begin there.
+template <int N, class T>
+static bool aligned(const T* from, int64_t stride = 0) {
+  return reinterpret_cast<uintptr_t>(from) % (N * sizeof(T)) == 0 && stride % N == 0;
+}
+template <int N, class T, class A = Accumulate<T>>
+static bool aligned_cell(const T* from, int64_t stride, bool wide) {
+  return wide ? aligned<N>(reinterpret_cast<const A*>(from), stride) : aligned<N>(from, stride);
 }
 
 // ---------------------------------------------------------------------------------------------------
-// Vectors of 16 bytes
+// The end of a step, for N neighbouring units of one row. What it reads is loaded by functions of their
+// own, so that a kernel can ask for it long before it has the sums of the products.
 
-template <class T>
-constexpr int kVector = 16 / sizeof(T);
+// Both biases, summed.
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void load_bias(A (&bias)[4][N], const Forward<T>& p, int64_t unit, bool vectors) {
+#pragma unroll
+  for (int gate = 0; gate < 4; gate++) {
+    A first[N] = {}, second[N] = {};
+    const int64_t at = gate * p.H + unit;
+    if (p.bias_ih) load_elements<N>(first, p.bias_ih + at, vectors, p.H - unit);
+    if (p.bias_hh) load_elements<N>(second, p.bias_hh + at, vectors, p.H - unit);
+#pragma unroll
+    for (int i = 0; i < N; i++) bias[gate][i] = first[i] + second[i];
+  }
+}
 
-template <class T>
-struct alignas(16) Vector {
-  T at[kVector<T>];
-};
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void load_cx(A (&cx)[N], const Forward<T>& p, int64_t row, int64_t unit, bool vectors) {
+  load_cell(cx, p.cx, row * p.cx_stride + unit, p.wide_cell, vectors, p.H - unit);
+}
+
+// Stores c', h' and the gates.
+template <int N, class T, class A = Accumulate<T>>
+LSTMFUSED_DEVICE void finish_states(const Forward<T>& p, int64_t row, int64_t unit, const A (&sums)[4][N],
+                                    const A (&bias)[4][N], const A (&cx)[N], bool vectors) {
+  using Math = ScalarMath<A>;
+  A gates[4][N], c[N], h[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const Gates<A> gate = activate<Math>(Gates<A>{sums[0][i] + bias[0][i], sums[1][i] + bias[1][i],
+                                                  sums[2][i] + bias[2][i], sums[3][i] + bias[3][i]});
+    c[i] = next_cell(gate, cx[i]);
+    h[i] = next_hidden<Math>(gate, c[i]);
+    gates[0][i] = gate.i;
+    gates[1][i] = gate.f;
+    gates[2][i] = gate.g;
+    gates[3][i] = gate.o;
+  }
+  const int64_t at = row * p.H + unit, count = p.H - unit;
+  store_cell(p.c, at, c, p.wide_cell, vectors, count);
+  store_elements(p.h + at, h, vectors, count);
+  if (!p.gates) return;
+#pragma unroll
+  for (int gate = 0; gate < 4; gate++)
+    store_elements(p.gates + (row * 4 + gate) * p.H + unit, gates[gate], vectors, count);
+}
+
+// Whether all of it may be loaded and stored N elements at a time.
+template <int N, class T>
+static bool states_in_vectors(const Forward<T>& p) {
+  return p.H % N == 0 && aligned_cell<N>(p.cx, p.cx_stride, p.wide_cell) &&
+         aligned_cell<N>(p.c, 0, p.wide_cell) && aligned<N>(p.bias_ih) && aligned<N>(p.bias_hh) &&
+         aligned<N>(p.h) && aligned<N>(p.gates);
+}
+
+// ---------------------------------------------------------------------------------------------------
 
 template <int N>
 struct Number {
@@ -65,7 +189,7 @@ struct Number {
 
 // Whether rows of `size`, `stride` apart, may be read in vectors.
 template <class T>
-static bool in_vectors(const T* from, int64_t stride, int64_t size) {
+LSTMFUSED_BOTH bool in_vectors(const T* from, int64_t stride, int64_t size) {
   return reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % kVector<T> == 0 && size % kVector<T> == 0;
 }
 

@@ -1,0 +1,72 @@
+"""The step in torch's own operators, for who can run no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._ops import _C
+from ..frozen import unpacked
+
+__all__ = ["decompositions", "register"]
+
+
+def lstm_cell(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *weights: Any
+) -> tuple[Tensor, Tensor]:
+    weights += (None,) * (4 - len(weights))  # biases that were not even named
+    _C.check_lstm_cell(input, hx, cx, *weights)
+    if hx is None or cx is None:
+        return reference.lstm_cell(input, None, *weights)
+    h, c = reference.lstm_cell(input, (hx, cx), *weights)
+    return h.to(input.dtype), c.to(cx.dtype)
+
+
+def lstm_cell_frozen(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell_frozen(input, hx, cx, weight, bias, scale, input_size, hidden_size)
+    rows = unpacked(weight, hidden_size).float()
+    if scale is not None:
+        rows = rows * unpacked(scale, hidden_size)
+    state = None if hx is None or cx is None else (hx, cx)
+    weight_ih, weight_hh = rows.split([input_size, hidden_size], 1)
+    return reference.lstm_cell(
+        input, state, weight_ih, weight_hh, unpacked(bias, hidden_size).flatten()
+    )
+
+
+def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
+    """Torch's default decompositions, :func:`torch.export.default_decompositions`, and those of the
+    step and of a frozen cell's: a table for ``ExportedProgram.run_decompositions`` that leaves
+    nothing but core ATen.
+
+    Without it a program keeps the fused operator, which ``torch.compile`` and AOTInductor want and
+    runtimes that know only torch's own operators do not.
+
+    Example::
+
+        >>> program = torch.export.export(LSTMCell(10, 20), (torch.randn(3, 10),))
+        >>> program = program.run_decompositions(lstmfused.decompositions())
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.lstmfused.lstm_cell.default] = lstm_cell
+    table[torch.ops.lstmfused.lstm_cell_frozen.default] = lstm_cell_frozen
+    return table
+
+
+def register(_: Any) -> None:
+    """With the table that torch's ONNX exporter takes its decompositions from."""
+    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell)(lstm_cell)
+    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell_frozen)(lstm_cell_frozen)

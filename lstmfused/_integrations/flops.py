@@ -1,0 +1,124 @@
+"""The arithmetic of the step, for who counts it: in each counter's own way, for which most take no
+more than the matrix products."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules import LSTMCell
+
+__all__ = ["fvcore", "ptflops_modules", "ptflops_operators", "register", "thop"]
+
+Shape = tuple[int, ...]
+
+
+def step(
+    input: Shape, hx: Any, cx: Any, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any
+) -> int:
+    """A step from no state counts as one from zeros, as it does in torch's cell."""
+    return 2 * prod(input[:-1]) * (prod(weight_ih) + prod(weight_hh))
+
+
+def backward(
+    grad_h: Any,
+    grad_c: Any,
+    gates: Any,
+    input: Shape | None,
+    hx: Shape | None,
+    cx: Shape,
+    weight_ih: Shape | None,
+    weight_hh: Shape | None,
+    output_mask: list[bool],
+    **__: Any,
+) -> int:
+    """A product for each gradient wanted of input, hx, weight_ih and weight_hh."""
+    (B, H), (_, I) = cx, input or weight_ih or (0, 0)
+    of_ih, of_hh = (output_mask[k] + output_mask[k + 3] for k in (0, 1))
+    return 2 * B * 4 * H * (of_ih * I + of_hh * H)
+
+
+def gradients(
+    grad_h: Any, grad_c: Any, arguments: list[Any], gates: Any, output_mask: list[bool], **_: Any
+) -> int:
+    return backward(grad_h, grad_c, gates, *arguments[:5], output_mask)
+
+
+def tangents(
+    grad_h: Any,
+    grad_c: Any,
+    arguments: list[Any],
+    gates: Shape,
+    tangents: list[Any],
+    grad_h_tangent: Any,
+    grad_c_tangent: Any,
+    output_mask: list[bool],
+    **_: Any,
+) -> int:
+    """By the product rule: a product for each factor's tangent, in the step and in each gradient
+    wanted, and one for the tangent of the gates' gradients there."""
+    count = 0
+    for k, weight in ((0, 3), (1, 4)):
+        of_rows, of_weight = tangents[k] is not None, tangents[weight] is not None
+        products = of_rows + of_weight
+        products += output_mask[k] * (1 + of_weight) + output_mask[weight] * (1 + of_rows)
+        size = (arguments[k] or arguments[weight] or (0,))[-1]
+        count += 2 * prod(gates) * size * products
+    return count
+
+
+def frozen(
+    input: Shape,
+    hx: Any,
+    cx: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    input_size: int,
+    hidden_size: int,
+    **_: Any,
+) -> int:
+    return 2 * prod(input[:-1]) * 4 * hidden_size * (input_size + hidden_size)
+
+
+def register(flop_counter: Any) -> None:
+    """With :class:`torch.utils.flop_counter.FlopCounterMode`: two for each multiply-add."""
+    ops, of = torch.ops.lstmfused, flop_counter.register_flop_formula
+    of([ops.lstm_cell, ops.lstm_cell_forward])(step)
+    of([ops.lstm_cell_backward, ops.lstm_cell_backward_])(backward)
+    of(ops.lstm_cell_gradients)(gradients)
+    of(ops.lstm_cell_tangents)(tangents)
+    of(ops.lstm_cell_frozen)(frozen)
+
+
+# Other counters take a multiply-add for one.
+
+
+def fvcore(flop_count: Any) -> None:
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        x, weight_ih, weight_hh = (inputs[k].type().sizes() for k in (0, 3, 4))
+        return step(x, None, None, weight_ih, weight_hh) // 2
+
+    flop_count._DEFAULT_SUPPORTED_OPS["lstmfused::lstm_cell"] = count
+
+
+def thop(profile: Any) -> None:
+    profile.register_hooks[LSTMCell] = profile.register_hooks[nn.LSTMCell]
+
+
+def ptflops_modules(pytorch_ops: Any) -> None:
+    pytorch_ops.MODULES_MAPPING[LSTMCell] = pytorch_ops.MODULES_MAPPING[nn.LSTMCell]
+
+
+def ptflops_operators(aten_ops: Any) -> None:
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        x, _, _, weight_ih, weight_hh, *biases = inputs
+        rows: int = prod(x.shape[:-1])
+        added: int = sum(rows * len(bias) for bias in biases if bias is not None)
+        return added + step(x.shape, None, None, weight_ih.shape, weight_hh.shape) // 2
+
+    for op in (torch.ops.lstmfused.lstm_cell, torch.ops.lstmfused.lstm_cell_forward):
+        aten_ops.ATEN_OPS_MAPPING[op] = count
