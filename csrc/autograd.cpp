@@ -39,13 +39,21 @@ bool last_use(const AutogradContext& context, const Tensor& gates) {
          torch::autograd::get_current_node()->post_hooks().empty();
 }
 
+// By make_fx, say, into a graph whose gradients may be differentiated later. AOTAutograd's never are.
+bool traced() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  using c10::impl::TorchDispatchModeKey;
+  return Modes::stack_len() && Modes::get_mode(TorchDispatchModeKey::PROXY) &&
+         !Modes::get_mode(TorchDispatchModeKey::FUNCTIONAL);
+}
+
 // What first gradients take, and no more: the gradient of a factor takes the other one. All of it where
 // others differentiate beside this node, levels below or a traced graph, which must find what the gates are
 // made of. The gates come last.
 void save(AutogradContext* context, const Tensor& input, const Tensor& hx, const Tensor& cx,
           const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
           const OptionalTensor& bias_hh, const Tensor& gates) {
-  const bool all = in_transform() || c10::impl::TorchDispatchModeTLS::stack_len();
+  const bool all = in_transform() || traced();
   const auto beside = [all](const Tensor& factor, const Tensor& other) {
     return all || other.requires_grad() ? factor : Tensor();
   };

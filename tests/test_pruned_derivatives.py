@@ -117,24 +117,24 @@ def test_of_many_gradients_at_once(needing: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "needing", [("input",), ("h", "c"), ("bias_ih",), ("weight_hh", "bias_hh")]
 )
-def test_of_traced_gradients(needing: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_of_traced_gradients(needing: tuple[str, ...], mode: Any) -> None:
     """Who differentiates a graph that was traced needs more than who traced it."""
-    start = random_arguments(*SHAPE, torch.float64)
+    given = random_arguments(*SHAPE, torch.float64)
+    leaves = [getattr(given, name).requires_grad_() for name in needing]
 
     def gradients(step: Step) -> Callable[..., list[Tensor]]:
-        def function(*leaves: Tensor) -> list[Tensor]:
-            given = start._replace(**dict(zip(needing, leaves, strict=True)))
-            h, c = step(given)
+        def function(*a: Tensor) -> list[Tensor]:
+            h, c = step(Arguments(*a))
             total = h.sin().sum() + c.square().sum()
-            return list(torch.autograd.grad(total, leaves, create_graph=True))
+            inputs = [t for t in a if t.requires_grad]
+            return list(torch.autograd.grad(total, inputs, create_graph=True))
 
         return function
 
-    leaves = [getattr(start, name).clone().requires_grad_() for name in needing]
-    graph = make_fx(gradients(cell))(*leaves)
     results = []
-    for function in (gradients(torchs), graph):
-        first = function(*leaves)
+    for function in (gradients(torchs), make_fx(gradients(cell), tracing_mode=mode)(*given)):
+        first = function(*given)
         second = torch.autograd.grad(
             torch.stack([g.square().sum() for g in first]).sum(), leaves, create_graph=True
         )

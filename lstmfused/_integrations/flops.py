@@ -44,7 +44,8 @@ def backward(
 def gradients(
     grad_h: Any, grad_c: Any, arguments: list[Any], gates: Any, output_mask: list[bool], **_: Any
 ) -> int:
-    return backward(grad_h, grad_c, gates, *arguments[:5], output_mask)
+    input, hx, cx, weight_ih, weight_hh, *_biases = arguments
+    return backward(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask)
 
 
 def tangents(
