@@ -131,29 +131,32 @@ thread_local bool gates_known = false;
 
 // A step on batched, checked arguments. Its gates have no derivatives of their own: who uses them knows
 // that the arguments made them.
-StateAndGates derived(const Asked& asked, const Arguments& a) {
+StateAndGates derived(const Asked& asked, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  Arguments arguments;
+  if (asked.tangents) arguments = array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (asked.tangents && asked.gradients) return composed_step(arguments);
   StateAndGates done;
   auto& [h, c, gates] = done;
-  if (asked.tangents && asked.gradients) return composed_step(a);
-  const OptionalTensor bias_ih = optional(a[kBiasIh]), bias_hh = optional(a[kBiasHh]);
   std::vector<Tensor> tangents;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     {
       const auto restore =
           c10::make_scope_exit([before = std::exchange(gates_known, true)] { gates_known = before; });
-      done = lstm_cell_forward(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], bias_ih, bias_hh);
+      done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
     }
     if (asked.tangents)
-      tangents = lstm_cell_tangents({}, {}, list(a), gates, list(tangents_of(a)), {}, {}, {});
+      tangents =
+          lstm_cell_tangents({}, {}, list(arguments), gates, list(tangents_of(arguments)), {}, {}, {});
   }
   if (asked.tangents) {
     set_tangent(h, tangents[0]);
     set_tangent(c, tangents[1]);
   }
   if (asked.gradients) {
-    variable_list state =
-        apply_function<Step>(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh], bias_ih, bias_hh, done);
+    variable_list state = apply_function<Step>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, done);
     h = std::move(state[0]);
     c = std::move(state[1]);
   }
@@ -185,13 +188,12 @@ State differentiable(c10::DispatchKeySet keys, const Tensor& input, const Option
     return redispatch_lstm_cell(keys & c10::after_ADInplaceOrView_keyset, input, hx, cx, weight_ih,
                                 weight_hh, bias_ih, bias_hh);
   }
-  return checked(
-      input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-      [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-        auto [next_h, next_c, gates] = derived(
-            asked, {x, h, c, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
-        return {std::move(next_h), std::move(next_c)};
-      });
+  return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                 [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
+                   auto [next_h, next_c, gates] =
+                       derived(asked, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                   return {std::move(next_h), std::move(next_c)};
+                 });
 }
 
 // The inner operators stand in graphs that were traced with what is above; these may be differentiated.
@@ -204,11 +206,10 @@ StateAndGates differentiable_forward(const Tensor& input, const Tensor& hx, cons
     return lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   }
   check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  const Arguments arguments{
-      input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
   const bool known = gates_known;
-  auto [h, c, gates] = derived(asked, arguments);
-  return {h, c, known ? gates : with_history(gates, arguments)};
+  auto [h, c, gates] = derived(asked, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!known) gates = with_history(gates, array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh));
+  return {h, c, gates};
 }
 
 template <bool in_place>
@@ -262,8 +263,7 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh) {
-  auto [h, c, gates] = composed_step(
-      {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
+  auto [h, c, gates] = composed_step(array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh));
   return {std::move(h), std::move(c)};
 }
 

@@ -30,6 +30,12 @@ inline OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+inline Arguments array(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                       const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                       const OptionalTensor& bias_hh) {
+  return {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
+}
+
 // Calls through the dispatcher.
 State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,

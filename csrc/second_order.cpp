@@ -295,8 +295,7 @@ bool asked_below_vmap(const Arguments& arguments) {
 StateAndGates forward_batched(const Tensor& input, const Tensor& hx, const Tensor& cx,
                               const Tensor& weight_ih, const Tensor& weight_hh,
                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  return composed_step(
-      {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())});
+  return composed_step(lstmfused::array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh));
 }
 
 Tensor gates_under_vmap(const Tensor& gates, const Tensors& arguments) {
