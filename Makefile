@@ -6,9 +6,11 @@ VENV   ?= .venv
 RESULT ?= benchmarks/results/amd-epyc-20261126.json
 # Of python -m benchmarks --full, for its targets.
 FULL   ?= benchmarks/results/amd-epyc-20261126-full.json
+# Of python -m benchmarks.second_order.
+SECOND ?= benchmarks/results/second-order-intel-xeon-processor.json
 
 PY      := $(VENV)/bin/python
-REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL))
+REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL)) $(addprefix --second ,$(SECOND))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: bench test kernels clients lint format readme clean

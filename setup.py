@@ -84,7 +84,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         return str(target)
 
 
-SOURCES = ["python", "ops", "checks", "autograd", "frozen", "cpu/lstm_cpu"]
+SOURCES = ["python", "ops", "checks", "autograd", "second_order", "composed", "frozen"]
+SOURCES += ["cpu/lstm_cpu"]
 SOURCES += ["cuda/lstm_cuda"] if NVCC else []
 
 setup(

@@ -105,9 +105,33 @@ def double_backward(result: Row) -> list[str]:
     for row in result.get("double_backward", []):
         times = (f"{NAMES.get(k, k)} {duration(median(row, k))}" for k in row["microseconds"])
         lines.append(
-            f"{shape(row)} batch {row['batch']}, threads {row['threads']}: " + ", ".join(times)
+            f"{row['mode']}, {shape(row)} batch {row['batch']}, threads {row['threads']}: "
+            + ", ".join(times)
         )
-    return [f"Double backward, of a gradient penalty: {'; '.join(lines)}."] if lines else []
+    return [f"Gradients of gradients: {'; '.join(lines)}."] if lines else []
+
+
+def second_order(result: Row) -> str:
+    """What a run of benchmarks.second_order has found, over nn.LSTMCell: a line for each mode."""
+    threads = sorted({row["threads"] for row in result["rows"]})
+    units = sorted({row["units"] for row in result["rows"]})
+    lines = []
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = select(result, mode=mode)
+        cells = []
+        for count in threads:
+            ((_, mean, worst, _),) = means([row for row in rows if row["threads"] == count])
+            cells += [mean, worst]
+        lines.append([mode, *cells, str(len(rows))])
+    columns = [
+        f"{what}, {count} thread{'s' * (count > 1)}"
+        for count in threads
+        for what in ("geometric mean", "worst")
+    ]
+    clock = {"wall": "time", "cpu": "processor time"}[result["clock"]]
+    setting = f"{result['processor']}, float32, {units[0]} to {units[-1]} units"
+    title = f"{setting}; how many times less {clock} than nn.LSTMCell takes:"
+    return f"{title}\n\n{table(['mode', *columns, 'rows'], lines)}"
 
 
 def summary(result: Row) -> str:
@@ -170,7 +194,7 @@ def markdown(result: Row) -> str:
         parts += [f"**{title}**", table(header, lines)]
         header = ["lstmfused over", "geometric mean", "worst", "rows"]
         parts.append(table(header, means(rows)))
-    return "\n\n".join([*parts, *overheads(result), *double_backward(result)])
+    return "\n\n".join([*parts, *overheads(result)])
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -193,6 +217,9 @@ def main() -> int:
     parser.add_argument(
         "--full", type=Path, metavar="FULL.json", help="a --full run's: the targets' table, too"
     )
+    parser.add_argument(
+        "--second", type=Path, metavar="SECOND.json", help="of benchmarks.second_order: its table"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="redraw the picture, too")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if the README is out of date"
@@ -206,9 +233,12 @@ def main() -> int:
 
         full = json.loads(args.full.read_text(encoding="utf-8"))
         new = insert(new, targets.markdown(full), "targets")
+    if args.second:
+        second = json.loads(args.second.read_text(encoding="utf-8"))
+        new = insert(new, second_order(second), "second-order")
     if args.check:
         if new != old:
-            files = " and ".join(map(str, filter(None, (args.result, args.full))))
+            files = " and ".join(map(str, filter(None, (args.result, args.full, args.second))))
             print(f"{args.readme} is not what {files} says: run this without --check")
         return int(new != old)
     args.readme.write_text(new, encoding="utf-8")

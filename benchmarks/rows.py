@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def against(roof: Roofline | None, case: Case, row: dict[str, Any]) -> dict[str,
 def double_backward(field: list[Contestant], threads: int, seed: int) -> list[dict[str, Any]]:
     """Rows of some shapes, each at its own batch."""
     shapes = [shape for shape in SHAPES if shape[:2] in DOUBLE_SHAPES]
-    cases = [Case(threads, "float32", s, s.batch, DOUBLE_BACKWARD) for s in shapes]
+    cases = [
+        Case(threads, "float32", s, s.batch, mode) for s, mode in product(shapes, DOUBLE_BACKWARD)
+    ]
     return [row(case, field, 1.5, seed) for case in cases]
 
 

@@ -37,7 +37,11 @@ SHAPES = (
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 97, 128, 256, 512, 1024, 4096)
 COLUMNS = (1, 8, 64, 512, 4096)  # of the README's tables
 MODES = ("inference", "training")  # forward under no_grad; forward and backward
-DOUBLE_BACKWARD = "double backward"  # gradients of a penalty on gradients: only for shapes below
+# Gradients of gradients, of which an ordinary run has the shapes below only; see verify.py.
+PENALTY = "penalty on all gradients"
+INPUT_PENALTY = "penalty on the input's gradient"
+HVP = "Hessian-vector product"
+DOUBLE_BACKWARD = (PENALTY, INPUT_PENALTY, HVP)
 DOUBLE_SHAPES = ((128, 128), (512, 128), (256, 256))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

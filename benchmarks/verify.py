@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lstmfused import reference
 
-from .shapes import Case
+from .shapes import HVP, INPUT_PENALTY, PENALTY, Case
 
 Forward = Callable[[], tuple[Tensor, Tensor]]  # () -> h', c' (B,H)
 
@@ -73,22 +73,32 @@ class Problem:
         return {"input": self.input, "hx": self.hx, "cx": self.cx, **self.parameters}
 
     def step(self, forward: Forward) -> Forward:
-        """What is timed: in training, forward and backward into the `.grad` of all leaves; in
-        double backward these are the gradients of half the sum of squares of the first ones, as a
-        gradient penalty asks for them."""
-        if self.case.mode == "inference":
+        """What is timed: in training, forward and backward into the `.grad` of all leaves. The
+        other modes take first gradients and then, into `.grad`, those of half the sum of their
+        squares (PENALTY), of how far each row's norm is from 1, as WGAN-GP has it (INPUT_PENALTY),
+        or of their product with a vector, the parameters themselves (HVP)."""
+        mode = self.case.mode
+        if mode == "inference":
             return forward
         leaves = tuple(self.leaves.values())
+        parameters = [self.leaves[name] for name in self.parameters]
+        of = {PENALTY: leaves, INPUT_PENALTY: leaves[:1], HVP: parameters}.get(mode, leaves)
+        backward = torch.autograd.backward
 
         def train() -> tuple[Tensor, Tensor]:
             for leaf in leaves:
                 leaf.grad = None
             outputs = forward()
-            if self.case.mode == "training":
-                torch.autograd.backward(outputs, self.grad_outputs)
+            if mode == "training":
+                backward(outputs, self.grad_outputs)
+                return outputs
+            first = torch.autograd.grad(outputs, of, self.grad_outputs, create_graph=True)
+            if mode == PENALTY:
+                backward(first, [gradient.detach() for gradient in first])
+            elif mode == INPUT_PENALTY:
+                backward((first[0].norm(dim=1) - 1).square().mean())
             else:
-                first = torch.autograd.grad(outputs, leaves, self.grad_outputs, create_graph=True)
-                torch.autograd.backward(first, [gradient.detach() for gradient in first])
+                backward(first, [p.detach() for p in parameters], inputs=parameters)
             return outputs
 
         return train

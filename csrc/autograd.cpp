@@ -1,15 +1,12 @@
-// What makes the step differentiable: gradients by the fused backward kernels, other derivatives by torch's
-// own operators; and autocast.
-#include <ATen/OpMathType.h>
+// What makes the step differentiable: gradients by the fused backward kernels, what comes after them by
+// second_order.cpp; and autocast.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/lstm_cell.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -18,85 +15,14 @@
 
 #include "batch.h"
 #include "checks.h"
-#include "ops.h"
+#include "composed.h"
+#include "second_order.h"
 
 namespace lstmfused {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::edge_list;
 using torch::autograd::variable_list;
-
-struct Composed {
-  Tensor h, c;
-  std::array<Tensor, 4> gates;
-};
-
-Composed compose(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const auto product = [](const Tensor& left, const Tensor& weight, const OptionalTensor& bias) {
-    if (weight.dim() == 2 && (!bias || bias->dim() == 1)) return at::linear(left, weight, bias);
-    const Tensor sums = at::matmul(left, weight.mT());
-    return bias ? sums + bias->unsqueeze(-2) : sums;
-  };
-  const auto sums = (product(input, weight_ih, bias_ih) + product(hx, weight_hh, bias_hh)).chunk(4, -1);
-  const Tensor i = sums[0].sigmoid(), f = sums[1].sigmoid(), g = sums[2].tanh(), o = sums[3].sigmoid();
-  const Tensor c = f * cx + i * g;
-  const Tensor h = o * c.tanh();
-  return {has_kernel(o.scalar_type(), c.scalar_type()) ? h.to(o.scalar_type()) : h, c, {i, f, g, o}};
-}
-
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
-// Indices of the seven arguments, in the order of the schema.
-enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
-
-// The gradients of the step from those of h, c and the gates, in torch's own differentiable operators. From
-// the gates on nothing but tanh(c') is computed again. An argument is there if a wanted gradient takes it.
-std::array<Tensor, kArguments> composed_gradients(const Tensor& grad_h, const Tensor& grad_c,
-                                                  const Tensor& grad_gates, const Tensor& gates,
-                                                  const std::array<Tensor, kBiasIh>& given,
-                                                  const std::array<bool, kArguments>& wanted) {
-  const at::ScalarType dtype = gates.scalar_type(), wide = at::toOpMathType(dtype);
-  const auto gate = gates.to(wide).chunk(4, -1);
-  const auto &i = gate[0], &f = gate[1], &g = gate[2], &o = gate[3];
-  std::array<Tensor, kArguments> result;
-  Tensor grad;  // of the activated gates
-  if (grad_h.defined() || grad_c.defined()) {
-    const Tensor& c = given[kCx];
-    const Tensor tanh_c = (f * c + i * g).tanh();
-    Tensor grad_next = grad_c;
-    if (grad_h.defined()) {
-      const Tensor through_h = grad_h * o * (1 - tanh_c * tanh_c);
-      grad_next = grad_c.defined() ? grad_c + through_h : through_h;
-    }
-    if (wanted[kCx]) result[kCx] = (grad_next * f).to(c.scalar_type());
-    const Tensor grad_o = grad_h.defined() ? grad_h * tanh_c : at::zeros_like(o);
-    grad = at::cat({grad_next * g, grad_next * c, grad_next * i, grad_o.to(grad_next.scalar_type())}, -1);
-  }
-  if (grad_gates.defined()) grad = grad.defined() ? grad + grad_gates : grad_gates;
-  if (!grad.defined()) return result;
-  const Tensor sums = (grad * at::cat({i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)}, -1)).to(dtype);
-  if (wanted[kInput]) result[kInput] = sums.mm(given[kWeightIh]);
-  if (wanted[kHx]) result[kHx] = sums.mm(given[kWeightHh]);
-  if (wanted[kWeightIh]) result[kWeightIh] = sums.t().mm(given[kInput]);
-  if (wanted[kWeightHh]) result[kWeightHh] = sums.t().mm(given[kHx]);
-  if (wanted[kBiasIh] || wanted[kBiasHh]) {
-    const Tensor bias = sums.sum(0);
-    if (wanted[kBiasIh]) result[kBiasIh] = bias;
-    if (wanted[kBiasHh]) result[kBiasHh] = wanted[kBiasIh] ? bias.clone() : bias;
-  }
-  return result;
-}
-
-// Inside torch.func.grad, jvp and the like, which refuse a Function made in C++.
-bool in_transform() {
-  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
-  return active.has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
-}
 
 // Set where hooks, which may hold it, packed what the graph saved.
 constexpr auto kHooked = "hooked";
@@ -113,124 +39,129 @@ bool last_use(const AutogradContext& context, const Tensor& gates) {
          torch::autograd::get_current_node()->post_hooks().empty();
 }
 
-// What backward may need, and no more: the gradient of a factor takes the other one. The gates come last.
+// By make_fx, say, into a graph whose gradients may be differentiated later. AOTAutograd's never are.
+bool traced() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  using c10::impl::TorchDispatchModeKey;
+  return Modes::stack_len() && Modes::get_mode(TorchDispatchModeKey::PROXY) &&
+         !Modes::get_mode(TorchDispatchModeKey::FUNCTIONAL);
+}
+
+// What first gradients take, and no more: the gradient of a factor takes the other one. All of it where
+// others differentiate beside this node, levels below or a traced graph, which must find what the gates are
+// made of. The gates come last.
 void save(AutogradContext* context, const Tensor& input, const Tensor& hx, const Tensor& cx,
           const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
           const OptionalTensor& bias_hh, const Tensor& gates) {
-  const auto beside = [](const Tensor& factor, const Tensor& other) {
-    return other.requires_grad() ? factor : Tensor();
+  const bool all = in_transform() || traced();
+  const auto beside = [all](const Tensor& factor, const Tensor& other) {
+    return all || other.requires_grad() ? factor : Tensor();
   };
+  const auto bias = [all](const OptionalTensor& given) { return all && given ? *given : Tensor(); };
   context->set_materialize_grads(false);
   context->save_for_backward({beside(input, weight_ih), beside(hx, weight_hh), cx, beside(weight_ih, input),
-                              beside(weight_hh, hx), gates});
+                              beside(weight_hh, hx), bias(bias_ih), bias(bias_hh), gates});
   if (const int64_t absent = !bias_ih + 2 * !bias_hh) context->saved_data[kAbsent] = absent;
   if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) context->saved_data[kHooked] = true;
 }
 
-// As this version of torch owns its nodes.
-template <class T>
-auto make_node() {
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, T>)
-    return c10::make_intrusive<T>();
-  else
-    return std::make_shared<T>();
-}
-
-// The gates as a function of the arguments of a step: what gradients that are differentiated again depend
-// on beside what they are given. Their node has the edges of the step's.
-struct GatesNode : torch::autograd::Node {
-  std::array<torch::autograd::SavedVariable, kBiasIh> given;
-  torch::autograd::SavedVariable gates;
-  std::array<int, kArguments> edges;  // to the arguments, or -1
-
-  std::string name() const override { return "LSTMCellGatesBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::array<Tensor, kBiasIh> unpacked;
-    for (int i = 0; i < kBiasIh; i++) unpacked[i] = given[i].unpack();
-    std::array<bool, kArguments> wanted;
-    for (int i = 0; i < kArguments; i++) wanted[i] = edges[i] >= 0 && task_should_compute_output(edges[i]);
-    const auto found = composed_gradients({}, {}, grads[0], gates.unpack(getptr()), unpacked, wanted);
-    variable_list result(num_outputs());
-    for (int i = 0; i < kArguments; i++)
-      if (edges[i] >= 0) result[edges[i]] = found[i];
-    return result;
-  }
-  void release_variables() override {
-    for (auto& variable : given) variable.reset_data();
-    gates.reset_data();
-  }
-};
-
-Tensor connected_gates(const Tensor& gates, const std::array<Tensor, kBiasIh>& given,
-                       const std::array<int, kArguments>& edges) {
+// In the place of an argument that was not saved, by its edge in the graph.
+Tensor stand_in(const Tensor& gates, size_t edge) {
   const auto step = torch::autograd::get_current_node();
   TORCH_CHECK_NOT_IMPLEMENTED(step, "lstm_cell: compiled autograd cannot create a graph");
-  const auto node = make_node<GatesNode>();
-  node->set_next_edges(edge_list(step->next_edges()));
-  node->edges = edges;
-  for (int i = 0; i < kBiasIh; i++) node->given[i] = {given[i], /*is_output=*/false};
-  const Tensor result = gates.detach();
-  torch::autograd::set_history(result, node);
-  node->gates = {result, /*is_output=*/true};
+  const auto& next = step->next_edge(edge);
+  if (!next.is_valid()) return {};
+  const Tensor result = at::empty({}, gates.options());
+  torch::autograd::impl::set_gradient_edge(result, next);
   return result;
 }
 
-variable_list step_backward(AutogradContext* context, const variable_list& grads) {
-  variable_list saved = context->get_saved_variables();
-  const Tensor gates = std::move(saved[kBiasIh]);
-  const auto found_absent = context->saved_data.find(kAbsent);
-  const int64_t absent_biases =
-      found_absent == context->saved_data.end() ? 0 : found_absent->second.toInt();
-  std::array<int, kArguments> edges;  // an absent bias has none in the graph
-  std::array<bool, kArguments> wanted;
-  for (int i = 0, edge = 0; i < kArguments; i++) {
-    const bool absent = i >= kBiasIh && absent_biases >> (i - kBiasIh) & 1;
-    edges[i] = absent ? -1 : edge++;
-    wanted[i] = !absent && context->needs_input_grad(edges[i]);
-  }
-  const auto defined = [&](size_t i) { return i < grads.size() && grads[i].defined(); };
-  if (!defined(0) && !defined(1) && !defined(2)) return variable_list(kArguments);
-
-  if (at::GradMode::is_enabled() || defined(2)) {
-    std::array<Tensor, kBiasIh> given;
-    std::move(saved.begin(), saved.begin() + kBiasIh, given.begin());
-    const bool output = gates.requires_grad();  // one of the step's own
-    const auto found = composed_gradients(
-        grads[0], grads[1], defined(2) ? grads[2] : Tensor(),
-        output || !at::GradMode::is_enabled() ? gates : connected_gates(gates, given, edges), given,
-        wanted);
-    return variable_list(found.begin(), found.end());
-  }
-
-  const at::AutoDispatchBelowAutograd guard;
-  const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
-  variable_list result =
-      std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
-                 gradients(optional(grads[0]), optional(grads[1]), gates, optional(saved[kInput]),
-                           optional(saved[kHx]), saved[kCx], optional(saved[kWeightIh]),
-                           optional(saved[kWeightHh]), wanted));
-  for (int i = 0; i < kArguments; i++)
-    if (!wanted[i]) result[i] = Tensor();
-  return result;
-}
-
-template <class Self, bool with_gates>
-struct StepFunction : torch::autograd::Function<Self> {
+struct Step : torch::autograd::Function<Step> {
+  // The step is done: see apply_function.
   static variable_list forward(AutogradContext* context, const Tensor& input, const Tensor& hx,
                                const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
-                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                               const StateAndGates& done) {
+    const auto& [h, c, gates] = done;
     save(context, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gates);
-    return with_gates ? variable_list{h, c, gates} : variable_list{h, c};
+    return {h, c};
   }
+
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    return step_backward(context, grads);
+    variable_list saved = context->get_saved_variables();
+    const Tensor gates = std::move(saved[kArguments]);
+    const auto found_absent = context->saved_data.find(kAbsent);
+    const int64_t absent = found_absent == context->saved_data.end() ? 0 : found_absent->second.toInt();
+    std::array<int, kArguments> edges;  // an absent bias has none in the graph
+    Wanted wanted;
+    for (int i = 0, edge = 0; i < kArguments; i++) {
+      edges[i] = i >= kBiasIh && absent >> (i - kBiasIh) & 1 ? -1 : edge++;
+      wanted[i] = edges[i] >= 0 && context->needs_input_grad(edges[i]);
+    }
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments + 1);
+    variable_list result;
+    const bool graph = at::GradMode::is_enabled();
+    if (graph || in_transform() || has_tangent(grads[0]) || has_tangent(grads[1])) {
+      Arguments arguments;
+      for (int i = 0; i < kArguments; i++) {
+        arguments[i] = std::move(saved[i]);
+        if (graph && !arguments[i].defined() && edges[i] >= 0) arguments[i] = stand_in(gates, edges[i]);
+      }
+      result = lstm_cell_gradients(optional(grads[0]), optional(grads[1]), list(arguments), gates, wanted);
+    } else {
+      const at::AutoDispatchBelowAutograd guard;
+      const auto gradients = last_use(*context, gates) ? lstm_cell_backward_ : lstm_cell_backward;
+      const auto beside = [&](Argument factor, Argument other) {
+        return wanted[other] ? optional(saved[factor]) : std::nullopt;
+      };
+      result = std::apply([](auto&&... gradient) { return variable_list{std::move(gradient)...}; },
+                          gradients(optional(grads[0]), optional(grads[1]), gates,
+                                    beside(kInput, kWeightIh), beside(kHx, kWeightHh), saved[kCx],
+                                    beside(kWeightIh, kInput), beside(kWeightHh, kHx), wanted));
+    }
+    for (int i = 0; i < kArguments; i++)
+      if (!wanted[i]) result[i] = Tensor();
+    result.emplace_back();  // of what is done
+    return result;
   }
 };
-struct Step : StepFunction<Step, false> {};
-struct StepAndGates : StepFunction<StepAndGates, true> {};
+
+// Set while a step asks for gates whose derivatives it knows: levels below need not follow them.
+thread_local bool gates_known = false;
+
+// A step on batched, checked arguments. Its gates have no derivatives of their own: who uses them knows
+// that the arguments made them.
+StateAndGates derived(const Asked& asked, const Tensor& input, const Tensor& hx, const Tensor& cx,
+                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh) {
+  Arguments arguments;
+  if (asked.tangents) arguments = array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (asked.tangents && asked.gradients) return composed_step(arguments);
+  StateAndGates done;
+  auto& [h, c, gates] = done;
+  std::vector<Tensor> tangents;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    {
+      const auto restore =
+          c10::make_scope_exit([before = std::exchange(gates_known, true)] { gates_known = before; });
+      done = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    }
+    if (asked.tangents)
+      tangents =
+          lstm_cell_tangents({}, {}, list(arguments), gates, list(tangents_of(arguments)), {}, {}, {});
+  }
+  if (asked.tangents) {
+    set_tangent(h, tangents[0]);
+    set_tangent(c, tangents[1]);
+  }
+  if (asked.gradients) {
+    variable_list state = apply_function<Step>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, done);
+    h = std::move(state[0]);
+    c = std::move(state[1]);
+  }
+  return done;
+}
 
 // body gets batched arguments, checked.
 template <class Body>
@@ -243,27 +174,6 @@ State checked(const Tensor& input, const OptionalTensor& hx, const OptionalTenso
   });
 }
 
-template <class... Tensors, class Property>
-bool any(const Property& property, const Tensors&... tensors) {
-  const auto has = [&](const auto& tensor) {
-    if constexpr (std::is_same_v<std::decay_t<decltype(tensor)>, Tensor>)
-      return property(tensor);
-    else
-      return tensor.has_value() && property(*tensor);
-  };
-  return (has(tensors) || ...);
-}
-
-// How a call is to be differentiated: not at all, through torch's operators, or by a node of its own.
-enum class Way { kNone, kComposed, kNode };
-template <class... Tensors>
-Way way(const Tensors&... tensors) {
-  if (in_transform() || any(has_tangent, tensors...)) return Way::kComposed;
-  const bool recorded =
-      at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); }, tensors...);
-  return recorded ? Way::kNode : Way::kNone;
-}
-
 State differentiable(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
                      const OptionalTensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
@@ -272,18 +182,17 @@ State differentiable(c10::DispatchKeySet keys, const Tensor& input, const Option
     return with_batch(input, hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor& c) {
       return torch_lstm_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
     });
-  const Way how = way(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  if (how == Way::kNone) {
+  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!asked.tangents && !asked.gradients) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return redispatch_lstm_cell(keys & c10::after_ADInplaceOrView_keyset, input, hx, cx, weight_ih,
                                 weight_hh, bias_ih, bias_hh);
   }
   return checked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
                  [&](const Tensor& x, const Tensor& h, const Tensor& c) -> State {
-                   if (how == Way::kComposed)
-                     return lstm_cell_composed(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                   const variable_list state = Step::apply(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
-                   return {state[0], state[1]};
+                   auto [next_h, next_c, gates] =
+                       derived(asked, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh);
+                   return {std::move(next_h), std::move(next_c)};
                  });
 }
 
@@ -291,18 +200,16 @@ State differentiable(c10::DispatchKeySet keys, const Tensor& input, const Option
 StateAndGates differentiable_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                      const Tensor& weight_ih, const Tensor& weight_hh,
                                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const Way how = way(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  if (how == Way::kNone) {
+  const Asked asked(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!asked.tangents && !asked.gradients) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   }
   check_step(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  if (how == Way::kComposed) {
-    const auto [h, c, gates] = compose(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-    return {h, c, at::cat(gates, -1)};
-  }
-  const variable_list found = StepAndGates::apply(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  return {found[0], found[1], found[2]};
+  const bool known = gates_known;
+  auto [h, c, gates] = derived(asked, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!known) gates = with_history(gates, array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh));
+  return {h, c, gates};
 }
 
 template <bool in_place>
@@ -311,7 +218,8 @@ Gradients differentiable_backward(const OptionalTensor& grad_h, const OptionalTe
                                   const OptionalTensor& hx, const Tensor& cx,
                                   const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
                                   std::array<bool, 7> output_mask) {
-  if (way(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh) != Way::kNone)
+  const Asked asked(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh);
+  if (asked.tangents || asked.gradients)
     return lstm_cell_backward_composed(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh,
                                        output_mask);
   const at::AutoDispatchBelowAutograd guard;
@@ -355,12 +263,8 @@ State autocast(const Tensor& input, const OptionalTensor& hx, const OptionalTens
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !batch_invariant(),
-      "lstm_cell: forward-mode derivatives, torch.func's and stacked weights are not "
-      "batch-invariant: leave lstmfused.batch_invariant() for them");
-  const auto [h, c, gates] = compose(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  return {h, c};
+  auto [h, c, gates] = composed_step(array(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh));
+  return {std::move(h), std::move(c)};
 }
 
 State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
@@ -378,11 +282,9 @@ Gradients lstm_cell_backward_composed(const OptionalTensor& grad_h, const Option
                                       std::array<bool, 7> output_mask) {
   check_needed(input, hx, weight_ih, weight_hh, output_mask);
   const auto tensor = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
-  // The operator has zeros where a node has no gradient.
-  const Tensor grad = grad_h || grad_c ? tensor(grad_c) : at::zeros_like(cx);
-  auto found = composed_gradients(tensor(grad_h), grad, {}, gates,
-                                  {tensor(input), tensor(hx), cx, tensor(weight_ih), tensor(weight_hh)},
-                                  output_mask);
+  Arguments found = composed_gradients(
+      tensor(grad_h), tensor(grad_c), {tensor(input), tensor(hx), cx, tensor(weight_ih), tensor(weight_hh)},
+      gates, output_mask);
   for (int i = 0; i < kArguments; i++)
     if (!output_mask[i]) found[i] = at::empty({0}, (i == kCx ? cx : gates).options());
   return std::tuple_cat(found);

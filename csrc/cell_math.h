@@ -47,4 +47,42 @@ LSTMFUSED_FN Gates<F> step_backward(const Gates<F>& gate, F c, F grad_h, F& grad
           grad_h * tanh_c * gate.o * (1 - gate.o)};
 }
 
+// A number and its derivative in some direction, its tangent. The equations above, evaluated with these,
+// give the tangents of a step and of its backward.
+template <class F>
+struct Dual {
+  F value, tangent;
+};
+
+template <class F>
+LSTMFUSED_FN Dual<F> operator+(const Dual<F>& a, const Dual<F>& b) {
+  return {a.value + b.value, a.tangent + b.tangent};
+}
+template <class F>
+LSTMFUSED_FN Dual<F> operator*(const Dual<F>& a, const Dual<F>& b) {
+  return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
+}
+template <class F>
+LSTMFUSED_FN Dual<F> operator-(int /* 1: GCC takes a vector only from a literal */, const Dual<F>& b) {
+  return {1 - b.value, -b.tangent};
+}
+
+template <class Math>
+struct DualMath {
+  using F = Dual<typename Math::F>;
+  LSTMFUSED_FN F tanh(const F& x) {
+    const auto y = Math::tanh(x.value);
+    return {y, x.tangent * (1 - y * y)};
+  }
+};
+
+// From the activated gates and the tangents of the sums before activation.
+template <class F>
+LSTMFUSED_FN Gates<Dual<F>> dual_gates(const Gates<F>& gate, const Gates<F>& sums) {
+  return {{gate.i, sums.i * (gate.i * (1 - gate.i))},
+          {gate.f, sums.f * (gate.f * (1 - gate.f))},
+          {gate.g, sums.g * (1 - gate.g * gate.g)},
+          {gate.o, sums.o * (gate.o * (1 - gate.o))}};
+}
+
 }  // namespace lstmfused

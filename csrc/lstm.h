@@ -105,6 +105,28 @@ struct Backward {
   bool wide_cell = false;
 };
 
+// The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums
+// before activation go in, those of the sums' gradients come out. Every matrix is contiguous.
+template <class T>
+struct Tangents {
+  int64_t B, H;
+  const T* gates;  // (B, 4H)
+  const T* cx;     // (B, H)
+  // Each of these is null for zeros.
+  const T* grad_h;          // (B, H)
+  const T* grad_c;          // (B, H)
+  const T* sums_tangent;    // (B, 4H)
+  const T* cx_tangent;      // (B, H)
+  const T* grad_h_tangent;  // (B, H)
+  const T* grad_c_tangent;  // (B, H)
+  T* h_tangent;             // (B, H)
+  T* c_tangent;             // (B, H)
+  // These are null, together, when they are not wanted.
+  T* grad_gates_tangent;  // (B, 4H)
+  T* grad_gates;          // (B, 4H)
+  T* grad_cx_tangent;     // (B, H)
+};
+
 // The batch is worked on in stretches, so that their gate gradients stay in a cache; but in long ones,
 // since each adds to the weight gradients, (4H, I + H), and is little work where units are few. Each is a
 // multiple of the depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.

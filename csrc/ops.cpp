@@ -1,12 +1,15 @@
 // Every operator: the table of contents.
 //
-//   lstm_cell            the step, batched or not                      cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_forward    the step on batched tensors, and its gates    cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_backward   its gradients                                 cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_backward_  the same, and gates are used up               cpu/lstm_cpu.cpp, cuda/lstm_cuda.cpp
-//   lstm_cell_frozen     the step from packed weights, batched or not  frozen.cpp
+//   lstm_cell                the step, batched or not                    cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_forward        the step on batched tensors, and its gates  cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_backward       its gradients                               cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_backward_      the same, and gates are used up             cpu/lstm_cpu, cuda/lstm_cuda
+//   lstm_cell_gradients      the same, to be differentiated again        second_order
+//   lstm_cell_tangents       directional derivatives of step, gradients  second_order
+//   lstm_cell_unit_tangents  their part that is made unit by unit        cpu/lstm_cpu, composed
+//   lstm_cell_frozen         the step from packed weights                frozen
 //
-// How lstm_cell is differentiated by the three after it is in autograd.cpp.
+// How lstm_cell is differentiated is in autograd.cpp; how its gradients are, in second_order.cpp.
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -40,6 +43,27 @@ TORCH_LIBRARY(lstmfused, m) {
       "Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
+      {at::Tag::pt2_compliant_tag});
+  // As lstm_cell_backward. The arguments are the seven of lstm_cell, and their gates are known: derivatives
+  // are those with respect to the arguments, on which the gates depend, and there is none to the gates.
+  m.def(
+      "lstm_cell_gradients(Tensor? grad_h, Tensor? grad_c, Tensor?[] arguments, Tensor gates, "
+      "bool[7] output_mask) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  // From the tangents of the seven arguments and of the gradients of h and c: those of h, of c, and of the
+  // seven gradients, as far as output_mask asks for them. None is zero, on either side.
+  m.def(
+      "lstm_cell_tangents(Tensor? grad_h, Tensor? grad_c, Tensor?[] arguments, Tensor gates, "
+      "Tensor?[] tangents, Tensor? grad_h_tangent, Tensor? grad_c_tangent, bool[7] output_mask) -> "
+      "Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  // Of each unit alone, from the tangents of the gates' sums; all in the type that sums are formed in.
+  // grad_gates (2, B, 4H) are the tangents of the sums' gradients, then these themselves; they and
+  // grad_cx_tangent have no element where there are no gradients.
+  m.def(
+      "lstm_cell_unit_tangents(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor cx, "
+      "Tensor? sums_tangent, Tensor? cx_tangent, Tensor? grad_h_tangent, Tensor? grad_c_tangent) -> "
+      "(Tensor h_tangent, Tensor c_tangent, Tensor grad_gates, Tensor grad_cx_tangent)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lstm_cell_frozen(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
@@ -94,6 +118,32 @@ Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor
                               const OptionalTensor& weight_hh, std::array<bool, 7> output_mask) {
   LSTMFUSED_HANDLE(lstm_cell_backward_);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
+}
+
+std::vector<Tensor> lstm_cell_gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                        const Tensors& arguments, const Tensor& gates,
+                                        std::array<bool, 7> output_mask) {
+  LSTMFUSED_HANDLE(lstm_cell_gradients);
+  return handle.call(grad_h, grad_c, arguments, gates, output_mask);
+}
+
+std::vector<Tensor> lstm_cell_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                       const Tensors& arguments, const Tensor& gates,
+                                       const Tensors& tangents, const OptionalTensor& grad_h_tangent,
+                                       const OptionalTensor& grad_c_tangent,
+                                       std::array<bool, 7> output_mask) {
+  LSTMFUSED_HANDLE(lstm_cell_tangents);
+  return handle.call(grad_h, grad_c, arguments, gates, tangents, grad_h_tangent, grad_c_tangent,
+                     output_mask);
+}
+
+UnitTangents lstm_cell_unit_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                     const Tensor& gates, const Tensor& cx,
+                                     const OptionalTensor& sums_tangent, const OptionalTensor& cx_tangent,
+                                     const OptionalTensor& grad_h_tangent,
+                                     const OptionalTensor& grad_c_tangent) {
+  LSTMFUSED_HANDLE(lstm_cell_unit_tangents);
+  return handle.call(grad_h, grad_c, gates, cx, sums_tangent, cx_tangent, grad_h_tangent, grad_c_tangent);
 }
 
 State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

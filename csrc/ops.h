@@ -1,10 +1,12 @@
 // The operators as C++ functions; their schemas are in ops.cpp.
 #pragma once
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace lstmfused {
 
@@ -15,6 +17,24 @@ using MaybeOwned = c10::MaybeOwned<Tensor>;  // one that is only looked at, unle
 using State = std::tuple<Tensor, Tensor>;                                              // h, c
 using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                              // h, c, gates
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
+
+// The seven arguments of a step, in the order of the schema, or something for each of them; an absent bias
+// is undefined.
+enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
+using Arguments = std::array<Tensor, kArguments>;
+using Wanted = std::array<bool, kArguments>;
+using Tensors = c10::List<OptionalTensor>;                        // torch's Tensor?[]
+using UnitTangents = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
+
+inline OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+inline Arguments array(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                       const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                       const OptionalTensor& bias_hh) {
+  return {input, hx, cx, weight_ih, weight_hh, bias_ih.value_or(Tensor()), bias_hh.value_or(Tensor())};
+}
 
 // Calls through the dispatcher.
 State lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
@@ -35,6 +55,21 @@ Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor
                               const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
                               const Tensor& cx, const OptionalTensor& weight_ih,
                               const OptionalTensor& weight_hh, std::array<bool, 7> output_mask);
+
+// The gradients, as an operator that can be differentiated itself; and the tangents of step and gradients.
+std::vector<Tensor> lstm_cell_gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                        const Tensors& arguments, const Tensor& gates,
+                                        std::array<bool, 7> output_mask);
+std::vector<Tensor> lstm_cell_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                       const Tensors& arguments, const Tensor& gates,
+                                       const Tensors& tangents, const OptionalTensor& grad_h_tangent,
+                                       const OptionalTensor& grad_c_tangent,
+                                       std::array<bool, 7> output_mask);
+UnitTangents lstm_cell_unit_tangents(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                     const Tensor& gates, const Tensor& cx,
+                                     const OptionalTensor& sums_tangent, const OptionalTensor& cx_tangent,
+                                     const OptionalTensor& grad_h_tangent,
+                                     const OptionalTensor& grad_c_tangent);
 
 // From packed weights; what they are is told in frozen.cpp.
 State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

@@ -1,5 +1,6 @@
 """What the backward pass holds on to, what it hands out, and how it meets autograd's tools."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -219,6 +220,74 @@ def test_gates_are_used_up_by_who_sees_them_last(
     assert first in mode.names
     assert last not in mode.names
     assert all(map(torch.equal, found, expected))
+
+
+def operators(function: Callable[[], object]) -> list[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return [event.name for event in profiler.events()]
+
+
+def test_both_backwards_of_a_penalty_are_fused() -> None:
+    """The step is not computed again, neither for the first gradients nor for the second."""
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    first: list[Tensor] = []
+    names = operators(
+        lambda: first.extend(
+            torch.autograd.grad(h.sum() + c.sum(), arguments.present(), create_graph=True)
+        )
+    )
+    assert names.count("lstmfused::lstm_cell_backward") == 1
+    assert not {"aten::mm", "aten::linear", "aten::addmm", "aten::sigmoid"} & set(names)
+    penalty = torch.stack([t.square().sum() for t in first]).sum()
+    names = operators(lambda: torch.autograd.grad(penalty, arguments.present()))
+    assert names.count("lstmfused::lstm_cell_unit_tangents") == 1
+    assert not {"aten::linear", "aten::sigmoid", "aten::tanh"} & set(names)
+    # four of the sums, four of input and h, one of each weight
+    assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm")) == 10
+
+
+def test_gates_outlive_the_first_graph() -> None:
+    """Gradients are differentiated by the gates, whatever becomes of the graph that had them."""
+
+    arguments = random_arguments(6, 5, 32).trainable()
+    outputs = cell(arguments)
+    total = torch.stack([output.square().sum() for output in outputs]).sum()
+    found = []
+    for retain in (True, False):
+        incoming = [2 * output.detach() for output in outputs]
+        first = torch.autograd.grad(
+            outputs, arguments.present(), incoming, create_graph=True, retain_graph=True
+        )
+        if not retain:
+            torch.autograd.grad(total, arguments.present())
+        vectors = [random_like(t) for t in first]
+        found.append(torch.autograd.grad(first, arguments.present(), vectors))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("name", ["input", "h", "c", "weight_ih", "weight_hh"])
+def test_argument_edited_before_the_second_backward_is_noticed(name: str) -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    first = torch.autograd.grad((h.sum(), c.sum()), arguments.present(), create_graph=True)
+    with torch.no_grad():
+        getattr(arguments, name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first[3].square().sum(), arguments.weight_ih)
+
+
+def test_second_gradients_do_not_share_memory() -> None:
+    arguments = random_arguments(*SHAPE).trainable()
+    h, c = cell(arguments)
+    first = torch.autograd.grad((h.sum(), c.sum()), arguments.present(), create_graph=True)
+    second = torch.autograd.grad([t.square().sum() for t in first], arguments.present())
+    expected = [t.clone() for t in second]
+    for k, edited in enumerate(second):
+        edited.fill_(torch.nan)
+        for other, want in zip(second[k + 1 :], expected[k + 1 :], strict=True):
+            assert torch.equal(other, want)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

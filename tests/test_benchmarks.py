@@ -67,11 +67,11 @@ def test_run(result: Path) -> None:
     assert found["build_info"] and found["versions"]["torch"] == torch.__version__
     for row in found["double_backward"]:
         assert set(row["microseconds"]) == {"lstmfused", "torch"}
-    assert len(found["double_backward"]) == len(DOUBLE_SHAPES)
+    assert len(found["double_backward"]) == len(DOUBLE_SHAPES) * len(DOUBLE_BACKWARD)
     assert {"empty nn.Module", "lstmfused"} <= set(found["overhead"][0]["microseconds"])
 
 
-@pytest.mark.parametrize("mode", [*MODES, DOUBLE_BACKWARD])
+@pytest.mark.parametrize("mode", [*MODES, *DOUBLE_BACKWARD])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("contestant", [Fused(), Torch(), OnnxRuntime()], ids=lambda c: c.name)
 def test_contestants_are_right(contestant: Contestant, dtype: str, mode: str) -> None:
@@ -200,6 +200,26 @@ def test_calls_against_another_checkout(tmp_path: Path) -> None:
     done = python("benchmarks.calls", "--against", tmp_path, "--rounds", 1)
     assert done.returncode != 0
     assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_second_order(tmp_path: Path, clock: str) -> None:
+    out = tmp_path / "second.json"
+    extent = ("--units", "5,16", "--batches", 3, "--threads", 1, "--budget", 2, "--clock", clock)
+    done = python("benchmarks.second_order", *extent, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [(row["mode"], row["units"]) for row in found["rows"]] == [
+        (mode, units) for mode in DOUBLE_BACKWARD for units in (5, 16)
+    ]
+    for row in found["rows"]:
+        times = {name: timing["median"] for name, timing in row["microseconds"].items()}
+        assert row["speedup"] == {"torch": pytest.approx(times["torch"] / times["lstmfused"])}
+        where = f"{row['mode']}, {row['units']} units, batch 3, threads 1"
+        assert f"{where}: lstmfused {times['lstmfused']:.0f} µs" in done.stdout
+    assert [row["units"] for row in found["transforms"]] == [5, 16]
+    lines = report.second_order(found).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[4:]] == list(DOUBLE_BACKWARD)
 
 
 def test_frozen(tmp_path: Path) -> None:

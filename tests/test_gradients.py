@@ -1,6 +1,5 @@
 """Gradients against finite differences, the float64 reference and each other."""
 
-from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -10,6 +9,7 @@ from cases import (
     LAYOUTS,
     Arguments,
     Cell,
+    assert_close,
     cell,
     check_gradient,
     check_gradients,
@@ -159,27 +159,144 @@ def test_backward_twice(dtype: torch.dtype) -> None:
         assert all(map(torch.equal, kept, second)), (B, I, H)
 
 
-@pytest.mark.parametrize("use", ["hc", "h", "c"])
-def test_double_backward(use: str) -> None:
-    """The gradient of a penalty on gradients, as WGAN-GP and MAML take it."""
+USES = pytest.mark.parametrize("use", ["hc", "h", "c"])
 
-    def penalty(
-        function: Callable[..., tuple[Tensor, Tensor]], arguments: Arguments
-    ) -> list[Tensor]:
+
+@USES
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_finite_differences_of_gradients_of_one_output(form: dict[str, bool], use: str) -> None:
+    """The gradient of the other output is None, then."""
+    function, tensors = flat(random_arguments(2, 3, 2, torch.float64, **form))  # type: ignore[arg-type]
+
+    def used(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for t, name in zip(function(*given), "hc", strict=True) if name in use)
+
+    assert torch.autograd.gradgradcheck(used, tensors)
+
+
+def derivatives(
+    function: Cell, arguments: Arguments, use: str, wanted: tuple[bool, ...], order: int
+) -> list[list[Tensor]]:
+    """First the gradients of the wanted arguments; then, up to the given order, those of the ones
+    before, along some vectors, for the wanted arguments and for the gradients that come in. Only
+    the last ones are not differentiable."""
+    chosen = [
+        t if t is None else t.detach().clone().requires_grad_(want)
+        for t, want in zip(arguments, wanted, strict=True)
+    ]
+    state = function(Arguments(*chosen))  # type: ignore[arg-type]
+    outputs = [t for t, name in zip(state, "hc", strict=True) if name in use]
+    incoming = [random_like(t, 7).requires_grad_() for t in outputs]
+    leaves = [t for t in chosen if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(outputs, leaves, incoming, create_graph=True)
+    orders = [list(grads)]
+    for k in range(2, order + 1):
+        vectors = [random_like(t, seed) for seed, t in enumerate(grads)]
+        grads = torch.autograd.grad(
+            grads,
+            [*leaves, *incoming],
+            vectors,
+            create_graph=k < order,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        orders.append(list(grads))
+    return orders
+
+
+@USES
+def test_double_backward_of_every_subset_of_arguments(use: str) -> None:
+    """Whichever first gradients are taken, and of whatever they are differentiated."""
+    for state, bias in ((True, (True, True)), (True, (False, True)), (False, (True, False))):
+        arguments = random_arguments(3, 4, 5, torch.float64, state=state, bias=bias)
+        for wanted in product((True, False), repeat=7):
+            present = [w for w, t in zip(wanted, arguments, strict=True) if t is not None]
+            if not any(present):
+                continue
+            both = (derivatives(f, arguments, use, wanted, 2) for f in (cell, torch_cell))
+            for actual, want in zip(*(orders[1] for orders in both), strict=True):
+                check_gradient("second", actual, want, (use, state, bias, wanted))
+
+
+@USES
+@pytest.mark.parametrize("bias", [(True, True), (False, False)], ids=["bias", "no bias"])
+def test_derivatives_of_higher_order_equal_torch(bias: tuple[bool, bool], use: str) -> None:
+    for B in (None, 0, 3):
+        arguments = random_arguments(B, 4, 5, torch.float64, bias=bias)
+        both = (derivatives(f, arguments, use, (True,) * 7, 4) for f in (cell, torch_cell))
+        for order, (found, expected) in enumerate(zip(*both, strict=True), 1):
+            for actual, want in zip(found, expected, strict=True):
+                largest = torch.cat([want.abs().flatten(), want.new_ones(1)]).max()
+                bound = 1e-14 * largest * 10 ** (order - 1)  # each order adds up more terms
+                assert_close(actual, want, bound, (order, B))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(None, 3, 5), (1, 3, 1), (7, 20, 33), (65, 51, 20), (5, 1, 130), (97, 130, 288)],
+    ids=str,
+)
+def test_double_backward(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """No further from float64 than torch's cell is; in half types this rounds less often."""
+    arguments = random_arguments(*shape, dtype)
+    wide = derivatives(oracle, arguments.double(), "hc", (True,) * 7, 2)
+    own, peer = (derivatives(f, arguments, "hc", (True,) * 7, 2) for f in (cell, torch_cell))
+    for found, others, expected in zip(own, peer, wide, strict=True):
+        for actual, other, want in zip(found, others, expected, strict=True):
+            assert actual.dtype == dtype
+            largest = want.abs().max()
+            off = (other.double() - want).abs().max()
+            bound = 2 * torch.maximum(off, 4 * torch.finfo(dtype).eps * largest)
+            assert_close(actual, want, bound, shape)
+
+
+def test_double_backward_of_strided_arguments() -> None:
+    for name, layout in LAYOUTS.items():
+        arguments = random_arguments(5, 7, 6, torch.float64).map(layout)
+        both = (derivatives(f, arguments, "hc", (True,) * 7, 2) for f in (cell, oracle))
+        for actual, want in zip(*(orders[1] for orders in both), strict=True):
+            check_gradient("second", actual, want, name)
+
+
+def test_double_backward_through_many_steps() -> None:
+    """A penalty on the gradients of a sequence, each step with a part in every argument's."""
+
+    def penalty(function: Cell, arguments: Arguments) -> list[Tensor]:
         arguments = arguments.trainable()
-        outputs = dict(zip("hc", function(arguments), strict=True))
-        loss = torch.cat([outputs[name].square() for name in use]).sum()
+        h, c = arguments.h, arguments.c
+        for _ in range(4):
+            h, c = function(arguments._replace(h=h, c=c))
+        loss = (h * c).square().sum()  # type: ignore[operator]
         first = torch.autograd.grad(loss, arguments.present(), create_graph=True)
         total = torch.stack([t.square().sum() for t in first]).sum()
         return list(torch.autograd.grad(total, arguments.present()))
 
-    for B, I, H in ((None, 3, 5), (1, 3, 5), (7, 20, 33), (65, 51, 20)):
-        arguments = random_arguments(B, I, H, torch.float64)
-        expected = penalty(oracle, arguments)
-        for name, actual, want in zip(
-            Arguments._fields, penalty(cell, arguments), expected, strict=True
-        ):
-            check_gradient(name, actual, want, (B, I, H))
+    arguments = random_arguments(5, 4, 6, torch.float64)
+    pairs = zip(penalty(cell, arguments), penalty(torch_cell, arguments), strict=True)
+    for actual, want in pairs:
+        check_gradient("penalty", actual, want, "four steps")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_double_backward_under_autocast(dtype: torch.dtype) -> None:
+    arguments = random_arguments(5, 7, 6).trainable()
+
+    def penalty(function: Cell, arguments: Arguments) -> list[Tensor]:
+        h, c = function(arguments)
+        loss = h.double().square().sum() + c.double().square().sum()
+        first = torch.autograd.grad(loss, arguments.present(), create_graph=True)
+        total = torch.stack([t.double().square().sum() for t in first]).sum()
+        return list(torch.autograd.grad(total, arguments.present()))
+
+    with torch.autocast("cpu", dtype):
+        found = penalty(cell, arguments)
+    expected = penalty(oracle, arguments.double().trainable())
+    for actual, want in zip(found, expected, strict=True):
+        assert actual.dtype == torch.float32
+        bound = 16 * torch.finfo(dtype).eps * want.abs().max()
+        assert_close(actual, want, bound, dtype)
 
 
 def test_many_steps_with_shrinking_batch() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from cases import (
     DTYPES,
     LAYOUTS,
@@ -129,13 +130,25 @@ def test_refuses_what_would_not_be_invariant() -> None:
         return cell(given._replace(weight_ih=weight))[0]
 
     stack = torch.stack([given.weight_ih] * 2)
+
+    def both_modes() -> None:
+        with forward_ad.dual_level():
+            h(forward_ad.make_dual(given.input.requires_grad_(), given.input.detach()))
+
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: h(x).sum()))
     for call in (
-        lambda: torch.func.jvp(h, (given.input,), (given.input,)),
-        lambda: torch.func.grad(lambda x: h(x).sum())(given.input),
         lambda: torch.func.vmap(of_weights)(stack),
+        lambda: per_sample(torch.stack([given.input] * 2)),
+        both_modes,
     ):
         with pytest.raises(NotImplementedError, match="batch-invariant"):
             call()
+    given.input.requires_grad_(False)
+    row = given._replace(**{n: getattr(given, n)[1:2] for n in ("input", "h", "c")})
+    alone = cell(row)[0]
+    assert torch.equal(torch.func.jvp(h, (given.input,), (given.input,))[0][1:2], alone)
+    (_, seen) = torch.func.grad(lambda x: (h(x).sum(), h(x)), has_aux=True)(given.input)
+    assert torch.equal(seen[1:2], alone)
     inputs = torch.stack([given.input, given.input + 1])
     joined = torch.func.vmap(h)(inputs)
     assert torch.equal(joined[1], h(inputs[1]))

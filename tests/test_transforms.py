@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from itertools import combinations, product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import Arguments, Cell, assert_close, cell, oracle, random_arguments, random_like
 from torch import Tensor, func
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lstmfused
 
@@ -310,3 +311,188 @@ def test_errors_are_the_same_inside_transforms() -> None:
         func.vmap(lambda h, c: cell(arguments._replace(h=h, c=c)))(*torch.zeros(2, B, H))
     with pytest.raises(RuntimeError, match="expected weight_hh of shape"):
         func.vmap(lambda w: cell(arguments._replace(weight_hh=w)))(torch.zeros(3, H, H))
+
+
+Function = Callable[..., Any]
+X, HX, CX, W_IH, W_HH, B_IH, B_HH = EVERY = tuple(range(7))
+TANGENTS = tuple(random_like(t, 10 + k) for k, t in enumerate(arguments_of().present()))
+INPUTS = torch.stack([random_like(arguments_of().input, s) for s in range(3)])
+
+
+def loss_of(step: Function) -> Function:
+    return lambda *t: step(*t).sin().square().sum()
+
+
+def grad_of(step: Function, *positions: int) -> Function:
+    return func.grad(loss_of(step), positions or EVERY)
+
+
+def total_of(function: Function) -> Function:
+    return lambda *t: torch.stack(
+        [part.sin().sum() for part in torch.utils._pytree.tree_leaves(function(*t))]
+    ).sum()
+
+
+def jvp_of(function: Function, *positions: int) -> Function:
+    """The tangents of a function, in a direction of all its arguments or some."""
+
+    def tangents(*t: Tensor) -> Any:
+        chosen = positions or EVERY
+
+        def of(*some: Tensor) -> Any:
+            given = list(t)
+            for k, value in zip(chosen, some, strict=True):
+                given[k] = value
+            return function(*given)
+
+        return func.jvp(of, tuple(t[k] for k in chosen), tuple(TANGENTS[k] for k in chosen))[1]
+
+    return tangents
+
+
+def over_inputs(function: Function) -> Function:
+    """Of several inputs at once, with the rest of the arguments for all of them."""
+    mapped = func.vmap(function, (0, *[None] * 6))
+    return lambda _, *rest: mapped(INPUTS, *rest)
+
+
+def learned(step: Function) -> Function:
+    """The loss after a step of learning, of several tasks: MAML."""
+
+    def task(x: Tensor, *rest: Tensor) -> Tensor:
+        gradients = grad_of(step, *EVERY[1:])(x, *rest)
+        moved = [t - 0.1 * g for t, g in zip(rest, gradients, strict=True)]
+        return loss_of(step)(x, *moved)  # type: ignore[no-any-return]
+
+    return lambda *t: over_inputs(task)(*t)
+
+
+COMPOSITIONS: dict[str, Callable[[Function], Function]] = {
+    "grad of grad": lambda f: func.grad(total_of(grad_of(f)), EVERY),
+    "grad of grad of grad": lambda f: func.grad(
+        total_of(func.grad(total_of(grad_of(f)), EVERY)), EVERY
+    ),
+    "jvp of grad": lambda f: jvp_of(grad_of(f)),
+    "grad of jvp": lambda f: func.grad(total_of(jvp_of(f)), EVERY),
+    "jvp of jvp": lambda f: jvp_of(jvp_of(f)),
+    "jvp of grad of grad": lambda f: jvp_of(func.grad(total_of(grad_of(f)), EVERY)),
+    "grad of jvp of grad": lambda f: func.grad(total_of(jvp_of(grad_of(f))), EVERY),
+    "jvp of jvp of grad": lambda f: jvp_of(jvp_of(grad_of(f))),
+    "vmap of grad": lambda f: over_inputs(grad_of(f)),
+    "grad of vmap": lambda f: func.grad(total_of(over_inputs(f)), EVERY[1:]),
+    "grad of vmap of grad": lambda f: func.grad(total_of(over_inputs(grad_of(f))), EVERY[1:]),
+    "jvp of vmap of grad": lambda f: jvp_of(over_inputs(grad_of(f)), *EVERY[1:]),
+    "vmap of jvp": lambda f: over_inputs(jvp_of(f, *EVERY[1:])),
+    "grad of vmap of jvp": lambda f: func.grad(
+        total_of(over_inputs(jvp_of(f, W_HH, CX))), EVERY[1:]
+    ),
+    "vmap of vmap of grad": lambda f: over_inputs(over_inputs(grad_of(f))),
+    "grad of vmap of what grad has learned": lambda f: func.grad(total_of(learned(f)), EVERY[1:]),
+}
+
+
+def by(k: int, *transforms: Any) -> Callable[[Function], Function]:
+    """Derivatives of a loss by one argument, one transform after the other."""
+
+    def of(step: Function) -> Function:
+        function = loss_of(step)
+        for transform in transforms:
+            function = transform(function, argnums=k)
+        return function
+
+    return of
+
+
+for k, argument in enumerate(Arguments._fields):
+    COMPOSITIONS[f"jacrev of jacrev by {argument}"] = by(k, func.jacrev, func.jacrev)
+    COMPOSITIONS[f"jacrev of jacfwd by {argument}"] = by(k, func.jacfwd, func.jacrev)
+    COMPOSITIONS[f"hessian by {argument}"] = by(k, func.hessian)
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_compositions(composition: str) -> None:
+    arguments = arguments_of()
+    compose = COMPOSITIONS[composition]
+    found, want = (compose(flat(f, arguments))(*arguments.present()) for f in (cell, oracle))
+    agree(found, want, composition)
+
+
+@pytest.mark.parametrize("composition", ["grad", "jvp", "vmap of grad", "grad of vmap"])
+def test_parameters_that_require_gradients_outside(composition: str) -> None:
+    """What a transform gives is differentiable with respect to what it was given, too."""
+    results = []
+    for function in (cell, oracle):
+        arguments = arguments_of().trainable()
+        step = flat(function, arguments)
+        compose = {"grad": grad_of, "jvp": jvp_of, **COMPOSITIONS}[composition]
+        total = total_of(compose(step))(*arguments.present())
+        results.append(torch.autograd.grad(total, arguments.present(), allow_unused=True))
+    given = [k for k, t in enumerate(results[1]) if t is not None]
+    found, want = ([result[k] for k in given] for result in results)
+    agree(found, want, composition)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_dual_gradients(create_graph: bool) -> None:
+    """A forward derivative of backward, in what comes in."""
+    results = []
+    for function in (cell, oracle):
+        arguments = arguments_of().trainable()
+        outputs = function(arguments)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t.detach(), t.detach().cos()) for t in outputs]
+            grads = torch.autograd.grad(
+                outputs, arguments.present(), duals, create_graph=create_graph
+            )
+            results.append([forward_ad.unpack_dual(t).tangent.clone() for t in grads])
+    agree(results[0], results[1], "dual gradients")
+
+
+def test_reverse_over_forward() -> None:
+    """Outside torch.func: of the arguments and of their tangents, or of the tangents alone."""
+    for train in (True, False):
+        results = []
+        for function in (cell, oracle):
+            start = arguments_of()
+            given = start.trainable() if train else start
+            tangents = [t.clone().requires_grad_() for t in TANGENTS]
+            with forward_ad.dual_level():
+                duals = map(forward_ad.make_dual, given.present(), tangents)
+                outputs = function(Arguments(*duals))
+                parts = [forward_ad.unpack_dual(t).tangent for t in outputs]
+                total = torch.cat(parts).sin().sum()
+            leaves = [*given.present(), *tangents] if train else tangents
+            results.append(torch.autograd.grad(total, leaves))
+        agree(results[0], results[1], train)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_traced_transforms(tracing_mode: Literal["real", "fake", "symbolic"]) -> None:
+    """A graph of first and second derivatives holds for other numbers, and other batches."""
+    arguments = arguments_of()
+    composed = [grad_of, COMPOSITIONS["grad of grad"]]
+    if tracing_mode == "real":  # torch's forward mode takes no constants but fake ones beside fakes
+        composed += [jvp_of, COMPOSITIONS["jvp of grad"]]
+    for compose in composed:
+        step = compose(flat(cell, arguments))
+        graph = make_fx(step, tracing_mode=tracing_mode)(*arguments.present())
+        rows = arguments_of(rows=B + 2 if tracing_mode == "symbolic" else B)
+        others = [t * 1.1 for t in rows.present()]
+        agree(graph(*others), compose(flat(oracle, rows))(*others), tracing_mode)
+
+
+def test_traced_penalty() -> None:
+    def penalty(function: Cell) -> Callable[..., list[Tensor]]:
+        def of(*given: Tensor) -> list[Tensor]:
+            h, c = function(Arguments(*given))
+            total = (h * c).square().sum()
+            first = torch.autograd.grad(total, given, create_graph=True)
+            return list(torch.autograd.grad([t.sin().sum() for t in first], given))
+
+        return of
+
+    arguments = arguments_of().trainable()
+    graph = make_fx(penalty(cell))(*arguments.present())
+    others = [t.detach() * 1.1 for t in arguments.present()]
+    expected = penalty(oracle)(*(t.clone().requires_grad_() for t in others))
+    agree(graph(*others), expected, "penalty")

@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "frozen.h"
+#include "tangents.h"
 
 #define LSTMFUSED_TEXT(x) #x
 #define LSTMFUSED_STRING(x) LSTMFUSED_TEXT(x)
@@ -22,6 +23,8 @@ const Kernels LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = {
     cell_kernels<double>(),
     cell_kernels<bfloat16>(),
     cell_kernels<float16>(),
+    LSTMFUSED_VARIANT::tangents<float>,
+    LSTMFUSED_VARIANT::tangents<double>,
     LSTMFUSED_VARIANT::forward_frozen<float>,
     LSTMFUSED_VARIANT::forward_frozen<bfloat16>,
     LSTMFUSED_VARIANT::forward_frozen<int8_t>,

@@ -21,6 +21,9 @@ struct CellKernels {
   void (*backward)(const Backward<T>&, const Pool&);
 };
 
+template <class T>
+using TangentsKernel = void (*)(const Tangents<T>&, const Pool&);
+
 template <class W>
 using FrozenKernel = void (*)(const Frozen<W>&, const Pool&);
 
@@ -30,6 +33,8 @@ struct Kernels {
   CellKernels<double> f64;
   CellKernels<bfloat16> bf16;
   CellKernels<float16> f16;
+  TangentsKernel<float> tangents_f32;
+  TangentsKernel<double> tangents_f64;
   FrozenKernel<float> frozen_f32;
   FrozenKernel<bfloat16> frozen_bf16;
   FrozenKernel<int8_t> frozen_i8;

@@ -41,6 +41,36 @@ def backward(
     return 2 * B * 4 * H * (of_ih * I + of_hh * H)
 
 
+def gradients(
+    grad_h: Any, grad_c: Any, arguments: list[Any], gates: Any, output_mask: list[bool], **_: Any
+) -> int:
+    input, hx, cx, weight_ih, weight_hh, *_biases = arguments
+    return backward(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask)
+
+
+def tangents(
+    grad_h: Any,
+    grad_c: Any,
+    arguments: list[Any],
+    gates: Shape,
+    tangents: list[Any],
+    grad_h_tangent: Any,
+    grad_c_tangent: Any,
+    output_mask: list[bool],
+    **_: Any,
+) -> int:
+    """By the product rule: a product for each factor's tangent, in the step and in each gradient
+    wanted, and one for the tangent of the gates' gradients there."""
+    count = 0
+    for k, weight in ((0, 3), (1, 4)):
+        of_rows, of_weight = tangents[k] is not None, tangents[weight] is not None
+        products = of_rows + of_weight
+        products += output_mask[k] * (1 + of_weight) + output_mask[weight] * (1 + of_rows)
+        size = (arguments[k] or arguments[weight] or (0,))[-1]
+        count += 2 * prod(gates) * size * products
+    return count
+
+
 def frozen(
     input: Shape,
     hx: Any,
@@ -60,6 +90,8 @@ def register(flop_counter: Any) -> None:
     ops, of = torch.ops.lstmfused, flop_counter.register_flop_formula
     of([ops.lstm_cell, ops.lstm_cell_forward])(step)
     of([ops.lstm_cell_backward, ops.lstm_cell_backward_])(backward)
+    of(ops.lstm_cell_gradients)(gradients)
+    of(ops.lstm_cell_tangents)(tangents)
     of(ops.lstm_cell_frozen)(frozen)
 
 
