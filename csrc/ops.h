@@ -81,9 +81,9 @@ State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, c
                       const Tensor& weight_hh, const OptionalTensor& bias_ih,
                       const OptionalTensor& bias_hh);
 
-// The step in torch's own differentiable operators, for the derivatives that the kernels do not compute
-// (forward mode, gradients of gradients) and for weights that differ from batch to batch: every argument
-// may have a further dimension in front.
+// The step in torch's own differentiable operators, for the derivatives that no kernel computes (of a step
+// in both modes at once) and for weights that differ from batch to batch: every argument may have a further
+// dimension in front.
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,
                          const OptionalTensor& bias_hh);

@@ -20,7 +20,9 @@ LINES = 60  # of a log go into the result
 
 
 def tail(text: str, lines: int = LINES) -> list[str]:
-    return [line[:500] for line in text.rstrip().splitlines()[-lines:]]
+    """The last lines, without the folder that this repository happens to lie in."""
+    shown = text.replace(f"{ROOT}/", "").rstrip().splitlines()[-lines:]
+    return [line[:500] for line in shown]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
