@@ -11,7 +11,9 @@ SECOND ?= benchmarks/results/second-order-intel-xeon-processor.json
 
 PY      := $(VENV)/bin/python
 REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL)) $(addprefix --second ,$(SECOND))
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+
+CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
 
 .PHONY: bench test kernels clients lint format readme clean
 
@@ -34,14 +36,14 @@ lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(REPORT) --check
 	$(PY) -m benchmarks.gpu.page --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 # The README's tables and picture: from the committed results, and of what torch can do with a cell.
 readme: $(VENV)/built

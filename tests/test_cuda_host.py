@@ -36,7 +36,7 @@ def test_architectures_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_"]
+    "op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_reuse_gates"]
 )
 def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
@@ -66,7 +66,7 @@ def test_the_paths_chosen_are_those_that_were_measured_as_fastest() -> None:
         assert times[forward] <= 1.13 * min(times.values()), (entry, forward)
         training = entry.get("training_us")
         if training:
-            best = min(training["few_rows"], training["products"])
+            best = min(training["small_batch"], training["products"])
             assert training[backward] <= 1.15 * best, (entry, backward)
 
 
@@ -81,10 +81,10 @@ def test_paths_on_other_devices() -> None:
             (False, True),
         ):
             forward, backward = _C.cuda_paths_on(capability, 100, shared, dtype, B, H, H, tf32)
-            assert forward != "warpgroups" and backward in ("few_rows", "products")
+            assert forward != "warpgroups" and backward in ("small_batch", "products")
             half = dtype in (torch.bfloat16, torch.float16)
             if capability < 80 or not (half or (tf32 and dtype == torch.float32)):
-                assert forward == "few_rows" if half else forward in ("few_rows", "products")
+                assert forward == "small_batch" if half else forward in ("small_batch", "products")
 
 
 def describe(tensors: Any) -> list[tuple[Any, ...]]:

@@ -91,7 +91,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
             forced[0] == "warpgroups" and single
         ):
             return "products"
-        return forced[0] or "few_rows"
+        return forced[0] or "small_batch"
 
     def force(name: str) -> None:
         forced[0] = name
@@ -114,7 +114,7 @@ def test_measure(pretended: None, precision: str) -> None:
         assert all(0 < t["q1"] <= t["median"] <= t["q3"] for t in times.values())
         ratio = times["cudnn"]["median"] / times["lstmfused"]["median"]
         assert entry["speedup"]["cudnn"] == pytest.approx(ratio, rel=1e-3)
-        assert entry["path"] == "few_rows" and entry["cell"] == str(cell)
+        assert entry["path"] == "small_batch" and entry["cell"] == str(cell)
         assert (entry["limit"] is None) == (precision == "tf32")
     by_mode = {entry["mode"]: entry for entry in found}
     assert by_mode["graph"]["steps"] == plan.STEPS and by_mode["eager"]["steps"] == 1
@@ -198,7 +198,7 @@ def test_crossovers(pretended: None, record: Record, monkeypatch: pytest.MonkeyP
         able = set(paths.PATHS) - single
         assert set(entry["microseconds"]) == able and entry["best"] in able
         assert entry["broken"] == {}
-    assert set(entries[0]["training_us"]) == {"auto", "few_rows", "products"}
+    assert set(entries[0]["training_us"]) == {"auto", "small_batch", "products"}
     assert "training_us" not in entries[1]
     again = crossovers.crossovers(Clock(0), record.data, False, record.flush)
     assert again["status"] == "done"  # nothing is left to do

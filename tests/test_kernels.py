@@ -14,8 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (ROOT / "csrc" / "cpu" / "kernels.cpp", ROOT / "tests" / "kernels.cpp")
-BUILT = runpy.run_path(str(ROOT / "csrc" / "cpu" / "variants.py"))
+SOURCES = (ROOT / "csrc" / "cpu" / "kernels" / "kernels.cpp", ROOT / "tests" / "kernels.cpp")
+BUILT = runpy.run_path(str(SOURCES[0].with_name("variants.py")))
 ORDER = list(BUILT["VARIANTS"])  # each runs where a later one does
 
 

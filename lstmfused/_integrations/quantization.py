@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..convert import swapped_class
+from ..modules.convert import swapped_class
 from ..modules import LSTMCell
 
 __all__ = ["register"]
