@@ -1,4 +1,4 @@
-"""The machine code of csrc/cuda/kernels/kernels.cu, read without a device: registers, spills, instructions.
+"""The machine code of csrc/cuda/kernels, read without a device: registers, spills, instructions.
 
 `python tests/test_cuda_code.py` writes cuda_registers.json anew.
 """

@@ -478,7 +478,7 @@ def test_decomposition(dtype: torch.dtype) -> None:
         for state in (True, False):
             arguments = random_arguments(B, inputs, units, state=state)
             b: Any = made(arguments, dtype)._buffers
-            given = (*arguments[:3], b["weight"], b["bias"], b["scale"], inputs, units)
+            given = (*arguments[:3], b["weight"], b["bias"], b["scale"], inputs, units, 1)
             for name, found, want in zip("hc", table[op](*given), op(*given), strict=True):
                 check_output(name, found, want.double(), (B, inputs, units, state))
 

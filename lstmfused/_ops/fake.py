@@ -61,11 +61,19 @@ def _fake_backward(
     )
 
 
-def _fake_frozen(
-    input: Tensor, hx: Tensor | None, cx: Tensor | None, *packed: Any
+def _fake_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
 ) -> tuple[Tensor, Tensor]:
-    _C.check_lstm_cell_packed(input, hx, cx, *packed)
-    shape = (*input.shape[:-1], packed[-1])
+    _C.check_lstm_cell_packed(input, hx, cx, weight, bias, scale, input_size, hidden_size, format)
+    shape = (*input.shape[:-1], hidden_size)
     return input.new_empty(shape), input.new_empty(shape)
 
 
@@ -73,4 +81,4 @@ torch.library.register_fake("lstmfused::lstm_cell", _fake_step)
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
 torch.library.register_fake("lstmfused::lstm_cell_backward_reuse_gates", _fake_backward)
-torch.library.register_fake("lstmfused::lstm_cell_packed", _fake_frozen)
+torch.library.register_fake("lstmfused::lstm_cell_packed", _fake_packed)

@@ -17,6 +17,9 @@ static constexpr CellKernels<T> cell_kernels() {
   return {LSTMFUSED_VARIANT::forward<T>, LSTMFUSED_VARIANT::backward<T>};
 }
 
+#ifdef __AVX512BF16__
+const CellKernels<bfloat16> LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = cell_kernels<bfloat16>();
+#else
 const Kernels LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = {
     LSTMFUSED_STRING(LSTMFUSED_ISA),
     cell_kernels<float>(),
@@ -29,5 +32,6 @@ const Kernels LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = {
     LSTMFUSED_VARIANT::forward_packed<bfloat16>,
     LSTMFUSED_VARIANT::forward_packed<int8_t>,
 };
+#endif
 
 }  // namespace lstmfused

@@ -67,7 +67,7 @@ extern const Kernels kernels_default;
 #ifdef __x86_64__
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512_bf16;
+extern const CellKernels<bfloat16> kernels_avx512_bf16;  // all else is as for kernels_avx512
 #endif
 
 }  // namespace lstmfused
