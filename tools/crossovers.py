@@ -1,128 +1,130 @@
-"""Every path of lstmfused at every size: where the choice between them should change."""
+"""python -m tools.crossovers: every path of lstmfused on CUDA at every size, by which the choice
+between them is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ..shapes import Shape
-from .contestants import FIELD
-from .paths import PATHS, chosen, forced
-from .plan import BATCHES, PRECISION_ORDER, UNITS, UNITS_ORDER, Cell, graph_steps
-from .problem import Bound, GpuProblem, check, precision
-from .record import Clock, DeviceLost, Json
-from .rows import chain, describe, survive
-from .timing import interleaved, replayed
+from benchmarks import record, report
+from benchmarks.cases import GPU_BATCHES, GPU_DTYPES, GPU_SQUARE, INFERENCE, TRAINING, Case
+from benchmarks.peers import PEERS
+from benchmarks.problem import Bound, Problem, precision, verify
+from benchmarks.record import ROOT, Clock, Json, Record
+from benchmarks.report import PATHS
+from benchmarks.run import DeviceLost, Run, graph_steps
+from benchmarks.timing import ROUNDS, by_turns, replayed
+from lstmfused._ops import _C
 
 SECONDS = 0.02  # of sampling for a cell
 BACKWARD = ("few_rows", "products")
-BACKWARD_BATCHES = tuple(batch for batch in BATCHES if batch <= 256)
+BACKWARD_BATCH = 256  # the largest
+_c: Any = _C
 
 
-def paths_of(cell: Cell) -> list[str]:
-    """Those that compute this cell when asked; the others would fall back to one of these."""
-    able = []
-    for path in PATHS:
+def chosen(case: Case) -> str:
+    """The path that the step takes, under what is forced now."""
+    dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
+    return str(_c.cuda_path(dtype, case.batch, *case.shape[:2], case.dtype == "tf32"))
+
+
+@contextmanager
+def forced(path: str) -> Iterator[None]:
+    """ "" forces nothing."""
+    _c.set_cuda_path(path)
+    try:
+        yield
+    finally:
+        _c.set_cuda_path("")
+
+
+def able(case: Case) -> list[str]:
+    """Those that compute this case when asked; the others would fall back to one of these."""
+
+    def does(path: str) -> bool:
         with forced(path):
-            if chosen(cell) == path:
-                able.append(path)
-    return able
+            return chosen(case) == path
 
-
-def crossover(cell: Cell, problem: GpuProblem) -> Json:
-    found: Json = {
-        "precision": cell.precision,
-        "units": cell.shape.units,
-        "batch": cell.batch,
-        "auto": chosen(cell),
-        "broken": {},
-    }
-    samplers = {}
-    bound = FIELD["lstmfused"].bind(problem.rows(cell.batch))
-    steps = graph_steps(bound.problem.case)
-    for path in paths_of(cell):
-        try:
-            with forced(path):
-                check("lstmfused", bound, cell.precision)
-                samplers[path] = replayed(chain(bound, steps, []), steps)
-        except Exception as error:
-            found["broken"][path] = describe(error)
-            survive()
-    times = interleaved(samplers, SECONDS)
-    found["microseconds"] = {path: timing.median for path, timing in times.items()}
-    return found | {"best": min(times, key=lambda path: times[path].median, default=None)}
+    return [path for path in PATHS if does(path)]
 
 
 def backward(bound: Bound, steps: int, path: str) -> Callable[[], object]:
     """Training steps of which only the backward one is forced."""
-    problem = bound.problem
-    leaves = tuple(problem.leaves.values())
+    leaves, cotangents = tuple(bound.problem.leaves.values()), bound.problem.grad_outputs
 
     def body() -> None:
         for _ in range(steps):
-            outputs = bound.forward()
+            outputs = bound.call()
             with forced(path):
-                torch.autograd.grad(outputs, leaves, problem.grad_outputs)
+                torch.autograd.grad(outputs, leaves, cotangents)
 
     return body
 
 
-def backward_crossover(cell: Cell, problem: GpuProblem) -> Json:
-    bound = FIELD["lstmfused"].bind(problem.rows(cell.batch))
-    steps = max(1, graph_steps(bound.problem.case) // 4)
-    samplers, broken = {}, {}
-    for path in ("", *BACKWARD):
-        try:
-            samplers[path or "auto"] = replayed(backward(bound, steps, path), steps)
-        except Exception as error:
-            broken[path or "auto"] = describe(error)
-            survive()
-    times = {path: timing.median for path, timing in interleaved(samplers, SECONDS).items()}
-    own = [path for path in BACKWARD if path in times]
-    best = min(own, key=lambda path: times[path], default=None)
-    return {"training_us": times, "training_best": best, "training_broken": broken}
+def measured(run: Run, case: Case) -> Json:
+    """Microseconds of a step in a graph by each path, found right."""
+    found: Json = {"dtype": case.dtype, "units": case.shape.units, "batch": case.batch}
+    found["path"] = chosen(case)
+    with precision(case.dtype):
+        bound = PEERS["lstmfused"].bind(Problem(case))
+        samplers = {}
+        for path in able(case):
+            with run.forgiving(path, case), forced(path), torch.no_grad():
+                verify("lstmfused", bound, INFERENCE)
+                steps = graph_steps(case)
+                samplers[path] = replayed(bound.chain(steps, []), steps)
+        training, few = case._replace(mode=TRAINING), case.batch <= BACKWARD_BATCH
+        for path in BACKWARD if few else ():
+            with run.forgiving(f"training {path}", training):
+                steps = graph_steps(training)
+                samplers[f"training {path}"] = replayed(backward(bound, steps, path), steps)
+        times = by_turns(samplers, SECONDS, ROUNDS["cuda"])
+    return found | {path: timing.median for path, timing in times.items()}
 
 
-def sizes(quick: bool) -> list[tuple[str, int]]:
-    units = [u for u in UNITS_ORDER if u in UNITS]
-    return list(product(PRECISION_ORDER[: 2 if quick else None], units[: 2 if quick else None]))
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.crossovers", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=ROOT / "out", metavar="DIR|FILE.json")
+    add("--resume", type=Path, metavar="FILE.json", help="go on with the file of an earlier run")
+    add("--budget", type=float, default=120, metavar="SECONDS")
+    add("--revision", metavar="R", help="of the sources, where git cannot tell")
+    add("--quick", action="store_true", help="two sizes of two dtypes")
+    args = parser.parse_args()
+    fresh = record.describe("crossovers", args.revision) | record.gpu()
+    found = Record.open(args.out, fresh | {"rows": [], "begun": [], "crossovers": []}, args.resume)
+    data, run = found.data, Run(found, [], Clock(args.budget))
+    sizes = 2 if args.quick else None
+    cases = [
+        Case(shape, batch, dtype=dtype, device="cuda")
+        for dtype, shape in product(GPU_DTYPES[:sizes], GPU_SQUARE[:sizes])
+        for batch in GPU_BATCHES
+    ]
+    try:
+        for case in tqdm([case for case in cases if str(case) not in data["begun"]], mininterval=5):
+            if run.clock.left() < 2:
+                break
+            data["begun"].append(str(case))  # and not again, should it take the device away
+            found.flush()
+            with run.forgiving("lstmfused", case):
+                data["crossovers"].append(measured(run, case))
+    except DeviceLost as error:
+        print(f"error: the GPU is lost: {error}", file=sys.stderr)
+        return 3
+    finally:
+        data["left_out"] = [str(case) for case in cases if str(case) not in data["begun"]]
+        found.flush()
+    print(report.summary(data))
+    return 0
 
 
-def crossovers(clock: Clock, data: Json, quick: bool, flush: Callable[[], None]) -> Json:
-    """Adds to data["crossovers"], size by size."""
-    found = data.setdefault("crossovers", [])
-    done = {(entry["precision"], entry["units"]) for entry in found}
-    left_out, errors = [], {}
-    slowest = 1.0
-    for name, units in sizes(quick):
-        if (name, units) in done:
-            continue
-        if clock.left() < slowest:
-            left_out.append(f"{name} {units}")
-            continue
-        before, entries = clock.left(), []
-        try:
-            with precision(name):
-                largest = Cell(name, Shape(units, units), BATCHES[-1])
-                problem = GpuProblem(largest.case(training=False))
-                for batch in BATCHES:
-                    cell = largest._replace(batch=batch)
-                    entries.append(crossover(cell, problem))
-                    if batch in BACKWARD_BATCHES:
-                        entries[-1] |= backward_crossover(cell, problem)
-        except DeviceLost:
-            # Once, so that the next process goes on behind it.
-            found.append({"precision": name, "units": units, "error": "device lost"})
-            raise
-        except Exception as error:
-            errors[f"{name} {units}"] = describe(error)
-            survive()
-        found += entries
-        flush()
-        torch.cuda.empty_cache()
-        slowest = max(slowest, 1.2 * (before - clock.left()))
-    status = "cut" if left_out else "failed" if errors else "done"
-    reason = "no time left" if left_out else None
-    return {"status": status, "left_out": left_out, "reason": reason, "errors": errors}
+if __name__ == "__main__":
+    sys.exit(main())

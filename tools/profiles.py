@@ -1,14 +1,10 @@
-"""Where the time of a step goes, by perf, for rows of a --full run: the worst of each missed target
-and one of each group of sizes.
-
-python -m benchmarks.profiles RESULT.json samples each of them for some seconds and adds what it
-finds to the file; the targets' table tells it.
-"""
+"""python -m tools.profiles RESULT.json: where the time of a step goes, by perf, for the rows of a
+--full run that its page tells about: samples each for some seconds and adds what it finds to the
+file."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -23,12 +19,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .contestants import contestants
-from .full import case_of
-from .gpu.record import Record
-from .shapes import Case
-from .targets import TARGETS, found, judged, looked_at
-from .verify import Problem
+from benchmarks.cases import COLUMNS, WITHOUT_GRAD, Case
+from benchmarks.frame import frame
+from benchmarks.peers import PEERS
+from benchmarks.problem import Problem
+from benchmarks.record import Json, Record, load
+from benchmarks.targets import looked_at, verdicts
 
 SECONDS = 2.0
 FREQUENCY = 2999  # samples a second; no divisor of what else comes every millisecond
@@ -62,61 +58,51 @@ def shares(report: str) -> dict[str, float]:
 
 
 def profile(case: Case, name: str) -> dict[str, float]:
-    """The shares of the parts in the steps of one contestant."""
+    """The shares of the parts in the steps of one peer."""
     torch.set_num_threads(case.threads)
-    (who,) = contestants((name,))
-    with tempfile.TemporaryDirectory() as folder, torch.set_grad_enabled(case.mode != "inference"):
+    peer, grad = PEERS[name], case.mode not in WITHOUT_GRAD
+    with tempfile.TemporaryDirectory() as folder, torch.set_grad_enabled(grad), peer.context():
         data = Path(folder) / "perf.data"
+        step = peer.bind(Problem(case)).run(case.mode)
+        for _ in range(3):
+            step()
         record = ["perf", "record", "-q", "-F", str(FREQUENCY), "-o", str(data)]
-        problem = Problem(case)
-        step = problem.step(who.forward(problem))
-        with who.context():
-            for _ in range(3):
-                step()
-            perf = subprocess.Popen([*record, "-p", str(os.getpid())], stderr=subprocess.DEVNULL)
-            time.sleep(0.5)  # until it samples
-            end = time.perf_counter() + SECONDS
-            while time.perf_counter() < end:
-                step()
-            perf.send_signal(signal.SIGINT)
-            perf.wait()
+        perf = subprocess.Popen([*record, "-p", str(os.getpid())], stderr=subprocess.DEVNULL)
+        time.sleep(0.5)  # until it samples
+        end = time.perf_counter() + SECONDS
+        while time.perf_counter() < end:
+            step()
+        perf.send_signal(signal.SIGINT)
+        perf.wait()
         fields = ["--no-children", "-F", "overhead,dso,symbol", "-t", "|", "--percent-limit", "0"]
-        report = subprocess.run(
-            ["perf", "report", "--stdio", "-i", str(data), *fields],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    return shares(report.stdout)
+        command = ["perf", "report", "--stdio", "-i", str(data), *fields]
+        return shares(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def wanted(result: dict[str, Any]) -> list[tuple[Case, str]]:
-    """The rows that the targets' table tells about, each once, and who is held to the target."""
-    every = (
-        (case_of(entry.row), target.subject)
-        for target in TARGETS
-        if target.rows == "rows" and judged(target, result)["reached"] is False
-        for entry in looked_at(found(target, result))
-    )
+def wanted(data: Json) -> list[tuple[Case, str]]:
+    """The rows that the page tells about, each once, and who is held to the target."""
+    every: list[tuple[Case, str]] = []
+    for verdict in verdicts(data, frame(data)):
+        rows: list[Any] = looked_at(verdict).to_dict("records")
+        if verdict.reached is False and not verdict.target.isa:
+            every += [(Case.of(row), verdict.target.subject) for row in rows]
     return list(dict.fromkeys(every))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profiles", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.profiles", description=__doc__)
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     args = parser.parse_args()
     if not shutil.which("perf"):
         raise SystemExit("perf, of the Linux kernel's tools, is not installed")
-    record = Record(args.result, json.loads(args.result.read_text(encoding="utf-8")))
-    record.data["profiles"] = [
-        {
-            **case.columns(),
-            "subject": name,
-            "shares": {k: round(v, 3) for k, v in profile(case, name).items()},
-        }
-        for case, name in tqdm(wanted(record.data), unit="row")
-    ]
-    record.flush()
+    found = Record(args.result, load(args.result))
+    profiles = []
+    for case, name in tqdm(wanted(found.data), unit="row"):
+        about = {key: value for key, value in case.columns().items() if key in COLUMNS}
+        parts = {k: round(v, 3) for k, v in profile(case, name).items()}
+        profiles.append(about | {"subject": name} | parts)
+    found.data["profiles"] = profiles
+    found.flush()
     return 0
 
 
