@@ -105,7 +105,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def peers(args: argparse.Namespace) -> list[Peer]:
     if args.against:
-        return [Checkout("lstmfused", ROOT), Checkout("before", args.against)]
+        before = Checkout("before", args.against)
+        return [Checkout("lstmfused", ROOT), before]
     names = args.peers or (AVX2 if args.isa else SUITES[args.suite]).peers
     return present(names, everywhere=args.peers is not None)
 
@@ -122,15 +123,18 @@ def run(args: argparse.Namespace) -> Record:
     print(f"writing {found.path}", file=sys.stderr, flush=True)
     wanted = cases(args)
     counts = sorted({case.threads for case in wanted})
+    field = peers(args)
     try:
         for threads in counts if device == "cpu" or not found.data["roofline"] else ():
             limits.measure(found.data, threads, args.isa, device)
-        Run(found, peers(args), clock, args.seed, args.clock).course(wanted)
+        Run(found, field, clock, args.seed, args.clock).course(wanted)
         for threads in (
             counts if device == "cpu" else ()
         ):  # once more, should it have been disturbed
             limits.measure(found.data, threads, args.isa, device)
     finally:
+        for peer in field:
+            peer.close()
         found.data["seconds"] += args.budget - clock.left()
         found.flush()
     if args.suite == "full" and not args.isa and capability in ("AVX2", "AVX512"):

@@ -25,21 +25,19 @@ sys.path.insert(0, there)
 import lstmfused
 sys.path[0] = here
 from benchmarks.checkout import serve
-serve()
+serve(lstmfused.__file__)
 """
 
 
-def serve() -> None:
+def serve(file: str) -> None:
     """Answers on stdout, a line each: first which lstmfused this is."""
-    import lstmfused
-
-    print(json.dumps(lstmfused.__file__), flush=True)
+    print(json.dumps(file), flush=True)
     samplers: dict[Case, Sampler] = {}
     for line in sys.stdin:
         columns, clock = json.loads(line)
         case = Case.of(columns)
+        torch.set_num_threads(case.threads)
         try:
-            torch.set_num_threads(case.threads)
             with torch.set_grad_enabled(case.mode not in WITHOUT_GRAD):
                 if case not in samplers:
                     samplers.clear()
@@ -57,31 +55,26 @@ class Checkout(Peer):
 
     def __init__(self, name: str, folder: Path) -> None:
         super().__init__(name)
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", CHILD, str(folder.resolve()), str(ROOT)]
-        self.process = subprocess.Popen(command, cwd=folder, **pipes)
-        file = self.answer()
-        if Path(file).resolve().parents[1] != folder.resolve():
-            raise SystemExit(f"lstmfused of {folder} was asked for, {file} came")
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process: Any = subprocess.Popen(command, cwd=folder, **pipes)
+        self.process = process
+        file = process.stdout.readline()
+        if not file or Path(json.loads(file)).resolve().parents[1] != folder.resolve():
+            self.close()
+            raise SystemExit(f"lstmfused of {folder}, built there, was asked for, {file} came")
 
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(
-                f"the process of {self.name} has ended; was its extension built there?"
-            )
-        return json.loads(line)
+    def close(self) -> None:
+        self.process.communicate()
 
     def bind(self, problem: Problem) -> Bound:
         return Bound(problem, *[None] * 2)  # type: ignore[arg-type]  # never called here
 
     def sampler(self, case: Case, clock: str) -> Sampler:
         def sample() -> float:
-            assert self.process.stdin is not None
             self.process.stdin.write(json.dumps([case.columns(), clock]) + "\n")
             self.process.stdin.flush()
-            answer = self.answer()
+            answer = json.loads(self.process.stdout.readline())
             if isinstance(answer, str):
                 raise WrongResult(f"{self.name}: {answer}")
             return float(answer)

@@ -58,7 +58,9 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """What the README and the picture show: single steps, float32 if any, the most threads."""
     some = rows[(rows["steps"] == 1) & (rows["isa"] == "") & rows["mode"].isin(STEP)]
     dtype = "float32" if "float32" in set(some["dtype"]) else [*some["dtype"], ""][0]
-    found: pd.DataFrame = some[(some["dtype"] == dtype) & (some["threads"] == max(some["threads"]))]
+    found: pd.DataFrame = some[
+        (some["dtype"] == dtype) & (some["threads"] == some["threads"].max())
+    ]
     return found
 
 

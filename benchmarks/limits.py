@@ -25,6 +25,7 @@ SIZES = tuple(2**k for k in range(18, 29))  # working sets, 256 KiB to 256 MiB: 
 SECONDS, REPEATS = 0.02, 8
 L2_SHARE = 0.8  # of a GPU's L2 cache is what a loop can count on
 MIB = 2**20
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -142,20 +143,20 @@ def of_gpu() -> Roofline:
 
     def copied(size: int, repeats: int) -> float:
         """GB/s, bytes read and bytes written."""
-        source = torch.rand(size // 4, device="cuda")
+        source = torch.rand(size // 4, device=DEVICE)
         target = torch.empty_like(source)
         return 2e-9 * size / least(lambda: target.copy_(source), repeats)
 
     def read_again(size: int, times: int = 64) -> float:
         """GB/s of a sum that goes over the same bytes again and again in one kernel."""
-        rows = torch.rand(size // 4, device="cuda").expand(times, -1)
+        rows = torch.rand(size // 4, device=DEVICE).expand(times, -1)
         return 1e-9 * size * times / least(lambda: rows.sum(1), 4)
 
     def multiplied(name: str, size: int = 8192) -> float:
         """GFLOP/s, on random numbers: zeros are faster."""
         dtype = getattr(torch, "float32" if name == "tf32" else name)
         with precision(name):
-            a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+            a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             return 2e-9 * size**3 / least(lambda: torch.mm(a, b, out=out), 2)
 

@@ -42,6 +42,9 @@ class Peer:
         """What its calls run in; entered once for many."""
         return nullcontext()
 
+    def close(self) -> None:
+        """Ends what it has begun."""
+
     def bind(self, problem: Problem) -> Bound:
         return bound(self.module(problem), problem)
 
@@ -228,6 +231,9 @@ class OnnxRuntime(Peer):
 
 class CuDnn(Peer):
     """nn.LSTM over one step, its weights in the one piece of memory that cuDNN wants."""
+
+    def supports(self, case: Case) -> bool:
+        return case.mode in STEP and case.steps == 1
 
     def bind(self, problem: Problem) -> Bound:
         state = problem.leaves["hx"]

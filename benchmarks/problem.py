@@ -84,7 +84,7 @@ class Problem:
     def widened(self, dtype: str) -> Problem:
         """The same numbers in more bits."""
         wide = getattr(torch, dtype)
-        leaves = {k: v.detach().to(wide).requires_grad_() for k, v in self.leaves.items()}
+        leaves = {k: Parameter(v.detach().to(wide)) for k, v in self.leaves.items()}
         other = self.replaced(leaves, dtype)
         other.grad_outputs = self.grad_outputs[0].to(wide), self.grad_outputs[1].to(wide)
         return other

@@ -32,9 +32,8 @@ LOST, RESTARTS = 3, 5  # a process that has lost the device; how often another g
 CARRIED = ROOT / "build" / "carried"  # kernels that another machine has compiled
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TESTS = tuple(f"tests/test_cuda{name}.py" for name in ("", "_gradients", "_runtime", "_host"))
-PYTEST = ("-v", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-n", "10")
-# Else a warning on import, which pyproject.toml makes an error, would end all tests.
-PYTEST += ("-Wdefault",)
+# -W: else a warning on import, which pyproject.toml makes an error, would end all tests.
+PYTEST = ("-v", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-n", "10", "-Wdefault")
 
 Command = tuple[Sequence[str], Mapping[str, str]]  # and what it needs in its environment
 
@@ -211,7 +210,7 @@ def plan(args: argparse.Namespace) -> dict[str, Stage]:
         return commands
 
     smoke = {"smoke": python("-m", "tools.exercise")}
-    tests = {"tests": python("-m", "pytest", *TESTS, *PYTEST)}
+    tests = {"tests": python("-m", "pytest", *TESTS, *PYTEST, COLUMNS="200")}
     measured = measuring("benchmarks", rows, "--gpu", *few)
     crossed = measuring("tools.crossovers", crossovers, *["--quick"] * args.quick)
     return {
@@ -236,20 +235,24 @@ def tail(log: Path) -> list[str]:
 
 def done(name: str, stage: Stage, logs: Path, seconds: float) -> Json:
     """Runs a stage; its commands' results, by name, and whether all is right."""
-    clock, commands = Clock(seconds), stage.commands(seconds - GRACE)
-    restarts = 0
+    clock, commands, restarts = Clock(seconds - GRACE), stage.commands(seconds - 2 * GRACE), 0
     with ThreadPoolExecutor(max(1, len(commands))) as pool:
         paths = [logs / f"{log}.log" for log in commands]
-        found = list(pool.map(lambda c, p: ran(c, p, seconds), commands.values(), paths))
-    while found and found[0]["returncode"] == LOST and restarts < RESTARTS and clock.left() > 20:
+        found = list(pool.map(lambda c, p: ran(c, p, clock.left()), commands.values(), paths))
+    while (
+        found
+        and found[0]["returncode"] == LOST
+        and restarts < RESTARTS
+        and clock.left() > 2 * GRACE
+    ):
         restarts += 1  # another process goes on behind what has taken the device away
         (command,) = stage.commands(clock.left() - GRACE).values()
         found = [ran(command, paths[0], clock.left())]
     for result, path in zip(found, paths, strict=True):
         result |= stage.parse(path.read_text(encoding="utf-8", errors="replace"))
-        result["tail"] = tail(path) if result["returncode"] or result.get("wrong") else []
-    right = all(r["returncode"] == 0 and not r.get("wrong") for r in found)
-    status = "done" if right else "failed"
+        result["right"] = result["returncode"] == 0 and not result.get("wrong")
+        result["tail"] = [] if result["right"] else tail(path)
+    status = "done" if all(result["right"] for result in found) else "failed"
     results = dict(zip(commands, found, strict=True))
     return {"status": status, "restarts": restarts, "results": results}
 
@@ -262,7 +265,7 @@ def run(stages: Mapping[str, Stage], out: Path, logs: Path, clock: Clock, data: 
         start = time.monotonic()
         print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
         try:
-            if seconds < 1:
+            if seconds < 2 * GRACE:
                 raise TimeoutError("no time left")
             found = done(name, stage, logs, seconds)
         except (FileNotFoundError, TimeoutError) as error:

@@ -83,8 +83,8 @@ def wanted(data: Json) -> list[tuple[Case, str]]:
     """The rows that the page tells about, each once, and who is held to the target."""
     every: list[tuple[Case, str]] = []
     for verdict in verdicts(data, frame(data)):
-        rows: list[Any] = looked_at(verdict).to_dict("records")
         if verdict.reached is False and not verdict.target.isa:
+            rows: list[Any] = looked_at(verdict).to_dict("records")
             every += [(Case.of(row), verdict.target.subject) for row in rows]
     return list(dict.fromkeys(every))
 
