@@ -47,11 +47,14 @@ def speedup(rows: pd.DataFrame, peer: str = "torch") -> pd.Series[float]:
     return (rows[peer] / rows[OWN]).dropna()
 
 
-def worst(rows: pd.DataFrame, peer: str = "torch") -> str:
-    """The least ratio and where."""
+def mean_and_worst(rows: pd.DataFrame, peer: str) -> tuple[str, str]:
+    """The mean of the speed-ups over a peer, and the least of them and where."""
     ratios = speedup(rows, peer)
+    if ratios.empty:
+        return "", ""
     row = rows.loc[ratios.index].iloc[int(ratios.argmin())]
-    return f"{ratios.min():.2f}x ({row['cell']}, batch {row['batch']})"
+    where = f"({row['cell']}, batch {row['batch']})"
+    return f"**{mean(ratios):.2f}x**", f"{ratios.min():.2f}x {where}"
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:

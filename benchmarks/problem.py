@@ -128,13 +128,9 @@ class Bound:
             for leaf in leaves:
                 leaf.grad = None
             outputs = self.call()
-            backward(outputs, cotangents)
-            return outputs
-
-        def second_order() -> Pair:
-            for leaf in leaves:
-                leaf.grad = None
-            outputs = self.call()
+            if mode == TRAINING:
+                backward(outputs, cotangents)
+                return outputs
             first = torch.autograd.grad(outputs, of[mode], cotangents, create_graph=True)
             if mode == PENALTY:
                 backward(first, [gradient.detach() for gradient in first])
@@ -156,8 +152,7 @@ class Bound:
             found: Any = func.jvp(self.step, state, state)
             return (*found[0], *found[1])
 
-        known = {INFERENCE: self.call, TRAINING: train, GRAD: grad, JVP: jvp}
-        return known.get(mode, second_order)
+        return {INFERENCE: self.call, GRAD: grad, JVP: jvp}.get(mode, train)
 
     def chain(self, steps: int, others: list[Bound]) -> Callable[[], object]:
         """For a graph: each step from the state of the one before, the weights of each in turn."""

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,9 @@ def processor() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def versions(*names: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def versions() -> dict[str, str]:
+    names = [name for name in ("torch", "onnxruntime", "triton") if find_spec(name)]
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def describe(suite: str, revision: str | None = None) -> Json:
@@ -78,7 +74,7 @@ def describe(suite: str, revision: str | None = None) -> Json:
         "processor": processor(),
         "logical_cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions("torch", "onnxruntime", "triton"),
+        "versions": versions(),
         "revision": commit or "unknown",
         "dirty": None if revision or changes is None or not commit else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

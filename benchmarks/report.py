@@ -13,7 +13,7 @@ import pandas as pd
 
 from .cases import COLD, EAGER, GRAPH, INFERENCE, OWN, STEP, TRAINING
 from .format import duration, insert, table, title
-from .frame import amount, frame, mean, peers, setting, shown, speedup, worst
+from .frame import amount, frame, mean, mean_and_worst, peers, setting, shown, speedup
 from .limits import rooflines
 from .record import RESULTS, ROOT, Json, load
 from .targets import WORST, Verdict, figure, goal, looked_at, verdicts
@@ -47,13 +47,9 @@ def newest(suite: str) -> Json:
 def means(rows: pd.DataFrame, *modes: str) -> str:
     """Of each peer: the mean of the speed-ups over it in each mode, the worst of them and where."""
     lines = []
-    for peer in peers(rows)[1:]:
-        cells: list[str] = []
-        for some in (rows[rows["mode"] == mode] for mode in modes):
-            ratios = speedup(some, peer)
-            cells += [f"**{mean(ratios):.2f}x**", worst(some, peer)] if len(ratios) else ["", ""]
-        if peer not in ("allocate", "empty nn.Module"):
-            lines.append([title(peer), *cells])
+    for peer in (peer for peer in peers(rows)[1:] if peer not in ("allocate", "empty nn.Module")):
+        found = [mean_and_worst(rows[rows["mode"] == mode], peer) for mode in modes]
+        lines.append([title(peer), *(text for pair in found for text in pair)])
     header = [text for mode in modes for text in (f"{mode}: geometric mean", "worst")]
     return table(["lstmfused over", *header], lines)
 
@@ -197,12 +193,11 @@ def targets(data: Json) -> str:
 
 
 def second_order(data: Json) -> str:
-    rows = frame(data)
-    counts, lines = sorted(set(rows["threads"])), []
+    rows, lines = frame(data), []
     for mode, some in rows.groupby("mode", sort=False):
-        of = [some[some["threads"] == count] for count in counts]
-        cells = [text for r in of for text in (f"**{mean(speedup(r)):.2f}x**", worst(r))]
-        lines.append([str(mode), *cells, str(len(some))])
+        of = (mean_and_worst(found, "torch") for _, found in some.groupby("threads"))
+        lines.append([str(mode), *(text for pair in of for text in pair), str(len(some))])
+    counts = sorted(set(rows["threads"]))
     header = [text for n in counts for text in (f"over nn.LSTMCell, threads {n}", "worst")]
     clock = " Processor time." * (data["clock"] == "cpu")
     return f"{setting(data, rows)}{clock}\n\n{table(['', *header, 'rows'], lines)}"

@@ -82,26 +82,23 @@ class Run:
                 raise DeviceLost(told) from error
 
     def sampler(self, peer: Peer, bound: Bound, case: Case) -> Sampler:
-        def made() -> Sampler:
-            if isinstance(peer, Checkout):
-                return peer.sampler(case, self.timer)
-            if case.launch == EAGER:
-                return called(bound.run(case.mode), case.device, self.timer)
-            steps = graph_steps(case)
-            if case.mode == TRAINING:
-                return replayed(bound.trained(steps), steps)
-            others = cold(peer, bound) if case.launch == COLD else []
-            steps = -(-steps // (len(others) + 1)) * (len(others) + 1)
-            return replayed(bound.chain(steps, others), steps)
-
-        with peer.context():
-            sample = made()
-
-        def within() -> float:
+        if isinstance(peer, Checkout):
+            return peer.sampler(case, self.timer)
+        if case.launch == EAGER:
             with peer.context():
-                return sample()
+                sample = called(bound.run(case.mode), case.device, self.timer)
 
-        return within
+            def within() -> float:
+                with peer.context():
+                    return sample()
+
+            return within
+        steps = graph_steps(case)
+        if case.mode == TRAINING:
+            return replayed(bound.trained(steps), steps)
+        others = cold(peer, bound) if case.launch == COLD else []
+        steps = -(-steps // (len(others) + 1)) * (len(others) + 1)
+        return replayed(bound.chain(steps, others), steps)
 
     def rows(self, cases: Sequence[Case], seconds: float) -> list[Json]:
         """Of cases that share their tensors: in each, microseconds of each peer, or bytes."""

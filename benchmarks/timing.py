@@ -6,8 +6,8 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import repeat
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -32,16 +32,6 @@ class Timing(NamedTuple):
     noise: float
 
 
-@contextmanager
-def no_gc() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def by_turns(
     samplers: Mapping[str, Sampler], seconds: float, rounds: range, seed: int = 0
 ) -> dict[str, Timing]:
@@ -49,14 +39,18 @@ def by_turns(
     shuffle = random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    with no_gc():
+    order = list(samplers)
+    gc.collect()
+    gc.disable()
+    try:
         for done in range(rounds.stop - 1):
             if done >= rounds.start and time.perf_counter() > deadline:
                 break
-            order = list(samplers)
             shuffle(order)
             for name in order:
                 samples[name].append(samplers[name]())
+    finally:
+        gc.enable()
 
     def timing(values: list[float]) -> Timing:
         low, _, high = quantiles(values, method="inclusive")
@@ -95,15 +89,15 @@ def called(call: Callable[[], object], device: str = "cpu", clock: str = "wall")
     return sample
 
 
-class Streams:
-    """One side stream for all captures: libraries keep a workspace for every stream they see."""
-
-    side: torch.cuda.Stream | None = None
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for every stream they see."""
+    return torch.cuda.Stream()
 
 
 def capture(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """`body` as a graph. It runs beforehand, for what a library does only once."""
-    stream = Streams.side = Streams.side or torch.cuda.Stream()
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):

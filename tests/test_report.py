@@ -21,13 +21,12 @@ from tools import profiles
 
 
 def row(units: int = 512, batch: int = 64, **other: Any) -> Json:
-    """One whose limit is its flops in GFLOP, in microseconds times a thousand."""
     return Case(Shape(units, units), batch).columns() | other
 
 
 def result(*rows: Json, **parts: Any) -> Json:
     roofs = {"1": {"peak": {"float32": 100.0}, "bandwidth": {"0": 1e9}}}
-    about = {"suite": "full", "device": "cpu", "processor": "P", "revision": "0" * 40}
+    about: Json = {"suite": "full", "device": "cpu", "processor": "P", "revision": "0" * 40}
     about |= {"dirty": False, "date": "2026-01-02T03:04:05", "versions": {"torch": "2"}}
     return about | {"clock": "wall", "roofline": roofs, "rows": list(rows)} | parts
 
@@ -82,15 +81,15 @@ def test_cost(time: float, reached: bool) -> None:
 def test_other_forms() -> None:
     shares = [row(256, batch, lstmfused=limit(256, batch) / 0.8) for batch in (1, 64)]
     assert verdict("share of the limit", *shares).told("ratio") == "80%, 80%"
-    times: Json = {"lstmfused": 12.0, "lstmfused packed": 10.0, "lstmfused batch-invariant": 18.0}
-    assert verdict("packed", row(**times)).reached is True
-    invariant = verdict("cost of", row(**times))
+    own = {"lstmfused": 12.0, "lstmfused packed": 10.0, "lstmfused batch-invariant": 18.0}
+    assert verdict("packed", row() | own).reached is True
+    invariant = verdict("cost of", row() | own)
     assert invariant.reached is None and invariant.told("ratio") == "1.50x, 1.50x"
     forced = row(lstmfused=1.0, torch=3.0, isa="avx2")
     found = verdict("AVX2", forced, row(lstmfused=1.0, torch=9.0))
     assert found.told("ratio") == "3.00x, 3.00x"
     assert verdict("packed", row(lstmfused=1.0)).reached is None
-    half = row(lstmfused=10.0, **{"lstmfused float32": 16.0}, dtype="bfloat16")
+    half = row(lstmfused=10.0, dtype="bfloat16") | {"lstmfused float32": 16.0}
     judgements = verdicts(result(half), frame(result(half)))
     assert not any(v.target.what.startswith("bfloat16 over our") for v in judgements)
 
@@ -102,7 +101,7 @@ def test_memory() -> None:
     torch.set_num_threads(1)
     case = Case(Shape(24, 32), 16, TRAINING)
     bounds = {name: PEERS[name].bind(Problem(case)) for name in ("lstmfused", "torch")}
-    saved = {name: kept(bound) for name, bound in bounds.items()}
+    saved: Json = {name: kept(bound) for name, bound in bounds.items()}
     assert saved["lstmfused"] == 4 * 4 * 16 * 32 < saved["torch"]
     gradients = 4 * (128 * (24 + 32 + 2) + 16 * (24 + 32 + 32))
     assert all(peak(bound) > gradients for bound in bounds.values())

@@ -1,5 +1,5 @@
-"""python -m tools.exercise: every path of the CUDA cell once, on small cells. The smoke test, and what
-compute-sanitizer watches. Prints a JSON object a line; fails if one is wrong."""
+"""python -m tools.exercise: every path of the CUDA cell once, on small cells. The smoke test, and
+what compute-sanitizer watches. Prints a JSON object a line; fails if one is wrong."""
 
 from __future__ import annotations
 
