@@ -21,7 +21,7 @@ from .cliffs import main as cliffs
 from .peers import PEERS, Peer, present
 from .problem import WrongResult
 from .record import ROOT, Clock, Json, Record
-from .run import DeviceLost, Run
+from .run import LOST, DeviceLost, Run
 from .timing import CLOCKS
 
 # As on a processor without AVX-512: torch's kernels and ours go by the first, oneDNN's and MKL's by
@@ -31,7 +31,6 @@ ONLY_AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
-LOST = 3  # this process has lost the GPU
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -155,8 +154,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except DeviceLost as error:
-        print(f"error: the GPU is lost: {error}", file=sys.stderr)
-        return LOST
+        print(f"error: the GPU is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(LOST)  # what the interpreter does at its end may hang
     if args.isa:
         return 0
     data: dict[str, Any] = record.load(found.path)

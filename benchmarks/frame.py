@@ -6,7 +6,7 @@ from statistics import geometric_mean
 
 import pandas as pd
 
-from .cases import COLUMNS, MEMORY, OWN, STEP, USUAL, Case
+from .cases import COLUMNS, EAGER, MEMORY, OWN, STEP, USUAL, Case
 from .format import duration, size
 from .limits import key, rooflines
 from .record import Json
@@ -59,7 +59,12 @@ def mean_and_worst(rows: pd.DataFrame, peer: str) -> tuple[str, str]:
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """What the README and the picture show: single steps, float32 if any, the most threads."""
-    some = rows[(rows["steps"] == 1) & (rows["isa"] == "") & rows["mode"].isin(STEP)]
+    some = rows[
+        rows["launch"].eq(EAGER)
+        & rows["steps"].eq(1)
+        & rows["isa"].eq("")
+        & rows["mode"].isin(STEP)
+    ]
     dtype = "float32" if "float32" in set(some["dtype"]) else [*some["dtype"], ""][0]
     found: pd.DataFrame = some[
         (some["dtype"] == dtype) & (some["threads"] == some["threads"].max())

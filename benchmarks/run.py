@@ -24,7 +24,11 @@ from .timing import ROUNDS, Sampler, by_turns, called, replayed
 FLUSH = 60  # seconds between two writings of the file
 STEPS = 20  # of a CUDA graph
 COLD_SIZE = 3  # times the L2 cache: what a replay finds there of the weights is next to nothing
-COMPILATION = 15  # seconds, about
+COMPILATION = 8  # seconds, about
+SAMPLING = {"cpu": 0.0, "cuda": 0.05}  # seconds of a row, however little time there is
+
+
+LOST = 3  # exit status
 
 
 class DeviceLost(Exception):
@@ -177,8 +181,8 @@ class Run:
                 if on_gpu or flushed - left > FLUSH:
                     self.record.flush()
                     flushed = left
-                spare = (left - sum(costs[index:])) / len(costs[index:])
+                spare = (left - sum(costs[index:])) / len(costs[index:]) / len(group)
                 with self.forgiving(OWN, group[0]):
-                    data["rows"] += self.rows(group, max(spare, 0) / len(group))
+                    data["rows"] += self.rows(group, max(spare, SAMPLING[group[0].device]))
                     data["failed"] = [row for row in data["failed"] if row not in begun]
         self.record.flush()

@@ -90,10 +90,12 @@ def test_the_time_of_a_stage_is_its_share_and_capped(tmp_path: Path) -> None:
 def test_another_process_goes_on_behind_a_lost_device(tmp_path: Path) -> None:
     file = tmp_path / "tries"
     lost = f"f = open({str(file)!r}, 'a+'); f.write('x'); f.flush(); f.seek(0)"
-    stage = Stage(saying(f"{lost}; raise SystemExit({LOST} * (len(f.read()) < 3))"), 0.5)
+    stage = Stage(
+        saying(f"{lost}; raise SystemExit({LOST} * (len(f.read()) < 3))"), 0.5, resumes=True
+    )
     found = running(tmp_path, {"lost": stage})["stages"]["lost"]
     assert (found["status"], found["restarts"], file.read_text()) == ("done", 2, "xxx")
-    always = running(tmp_path, {"lost": Stage(saying(f"raise SystemExit({LOST})"), 0.5)})
+    always = running(tmp_path, {"lost": Stage(saying("import os; os.abort()"), 0.5, resumes=True)})
     assert always["stages"]["lost"]["restarts"] == gpu_run.RESTARTS
 
 

@@ -4,6 +4,7 @@ between them is made."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from benchmarks.peers import PEERS
 from benchmarks.problem import Bound, Problem, precision, verify
 from benchmarks.record import ROOT, Clock, Json, Record
 from benchmarks.report import PATHS
-from benchmarks.run import DeviceLost, Run, graph_steps
+from benchmarks.run import LOST, DeviceLost, Run, graph_steps
 from benchmarks.timing import ROUNDS, by_turns, replayed
 from lstmfused._ops import _C
 
@@ -117,11 +118,10 @@ def main() -> int:
             with run.forgiving("lstmfused", case):
                 data["crossovers"].append(measured(run, case))
     except DeviceLost as error:
-        print(f"error: the GPU is lost: {error}", file=sys.stderr)
-        return 3
-    finally:
-        data["left_out"] = [str(case) for case in cases if str(case) not in data["begun"]]
-        found.flush()
+        print(f"error: the GPU is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(LOST)  # what the interpreter does at its end may hang
+    data["left_out"] = [str(case) for case in cases if str(case) not in data["begun"]]
+    found.flush()
     print(report.summary(data))
     return 0
 

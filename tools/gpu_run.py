@@ -111,6 +111,7 @@ class Stage(NamedTuple):
     share: float
     cap: float = float("inf")
     parse: Callable[[str], Json] = lambda text: {}
+    resumes: bool = False  # from its file, should it lose the device or crash
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,8 +217,8 @@ def plan(args: argparse.Namespace) -> dict[str, Stage]:
     return {
         "build": Stage(build, 0.6, 300, built),
         "smoke": Stage(lambda _: smoke, 0.15, 60, exercised),
-        "crossovers": Stage(crossed, 0.25, 120),
-        "benchmark": Stage(measured, 0.6),
+        "crossovers": Stage(crossed, 0.25, 120, resumes=True),
+        "benchmark": Stage(measured, 0.6, resumes=True),
         "tests": Stage(lambda _: tests, 0.65, 180, outcomes),
         "sanitizer": Stage(sanitizer, 1.0, 150, sanitized),
     }
@@ -239,12 +240,10 @@ def done(name: str, stage: Stage, logs: Path, seconds: float) -> Json:
     with ThreadPoolExecutor(max(1, len(commands))) as pool:
         paths = [logs / f"{log}.log" for log in commands]
         found = list(pool.map(lambda c, p: ran(c, p, clock.left()), commands.values(), paths))
-    while (
-        found
-        and found[0]["returncode"] == LOST
-        and restarts < RESTARTS
-        and clock.left() > 2 * GRACE
-    ):
+    while stage.resumes and restarts < RESTARTS and clock.left() > 2 * GRACE:
+        code = found[0]["returncode"]
+        if code is None or 0 <= code != LOST:
+            break
         restarts += 1  # another process goes on behind what has taken the device away
         (command,) = stage.commands(clock.left() - GRACE).values()
         found = [ran(command, paths[0], clock.left())]
