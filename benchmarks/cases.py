@@ -192,7 +192,7 @@ SUITES = {
     ),
     "gpu": Suite(
         "on a GPU, the most telling rows first, until the budget ends",
-        (OWN, "torch", "cudnn", "compile", "reduce-overhead"),
+        (OWN, "torch", "cudnn"),
         300,
         GPU_SHAPES,
         GPU_BATCHES,
@@ -200,38 +200,32 @@ SUITES = {
         launches=LAUNCHES,
         device="cuda",
     ),
+    "gpu-compiled": Suite(
+        "on a GPU, beside torch.compile",
+        (OWN, "torch", "compile", "reduce-overhead"),
+        120,
+        GPU_SQUARE[:2],
+        GPU_BATCHES[:4:3],
+        GPU_DTYPES[:2],
+        (INFERENCE,),
+        launches=LAUNCHES[:2],
+        device="cuda",
+    ),
 }
 # Of the full run, in a process of its own.
 AVX2 = Suite("", (OWN, "torch", "allocate"), 0, modes=(INFERENCE,), threads=(1, 0), isa="avx2")
-
-# On a GPU: dtype, units, batch. Each takes seconds: two come early, the others at the end.
-COMPILED = (
-    ("float32", 128, 1),
-    ("bfloat16", 512, 32),
-    ("float32", 512, 128),
-    ("bfloat16", 128, 1),
-    ("float32", 512, 32),
-    ("bfloat16", 512, 128),
-)
-
-
-def compiled(case: Case) -> bool:
-    """Whether torch.compile takes part, on a GPU."""
-    return (case.dtype, case.shape.units, case.batch) in COMPILED
 
 
 def worth(case: Case) -> tuple[int, ...]:
     """The place in an unattended run of the cells of a GPU."""
     shape, batch, dtype = case.shape, case.batch, case.dtype
-    if compiled(case):
-        tier = 2 if (dtype, shape.units, batch) in COMPILED[:2] else 5
-    elif batch == 128 and shape.units in (512, 1024) and dtype == "bfloat16":
+    if batch == 128 and shape.units in (512, 1024) and dtype == "bfloat16":
         tier = 0
     else:
-        tier = 1 if batch <= 32 and shape.units <= 512 else 3 if batch <= 128 else 4
-    order = rank(GPU_DTYPES, dtype)
-    return tier, order // 2, rank(GPU_BATCHES, batch), rank(GPU_SHAPES, shape), order
+        tier = 1 if batch <= 32 and shape.units <= 512 else 2 if batch <= 128 else 3
 
+    def rank(order: tuple[object, ...], item: object) -> int:
+        return order.index(item) if item in order else len(order)
 
-def rank(order: tuple[object, ...], item: object) -> int:
-    return order.index(item) if item in order else len(order)
+    kind = rank(GPU_DTYPES, dtype)
+    return tier, kind // 2, rank(GPU_BATCHES, batch), rank(GPU_SHAPES, shape), kind

@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 import lstmfused
 
-from .cases import EAGER, GRAPH, INFERENCE, STEP, Case, compiled
+from .cases import EAGER, INFERENCE, STEP, Case
 from .problem import Bound, Pair, Problem, over_time
 
 
@@ -140,11 +140,10 @@ class Compiled(Peer):
         return None if shutil.which(compiler) else f"no C++ compiler {compiler}"
 
     def supports(self, case: Case) -> bool:
-        if case.device == "cuda":  # reduce-overhead makes graphs of its own
-            launches = (EAGER, GRAPH) if self.mode == "default" else (EAGER,)
-            return case.mode == INFERENCE and case.launch in launches and compiled(case)
-        # Its graphs have no second derivative.
-        return case.mode in STEP and (self.everywhere or case.batch == case.shape.batch)
+        if case.launch != EAGER and self.mode == "reduce-overhead":  # it makes graphs of its own
+            return False
+        chosen = self.everywhere or case.batch == case.shape.batch or case.device == "cuda"
+        return case.mode in STEP and chosen  # its graphs have no second derivative
 
     def bind(self, problem: Problem) -> Bound:
         options: Any = {"fullgraph": True, "dynamic": False, "mode": self.mode}

@@ -145,12 +145,13 @@ def missed(data: Json, found: list[Verdict]) -> Iterator[str]:
 
 def crossing(entries: list[Json]) -> Iterator[str]:
     """By dtype: the fastest path of every cell; ! where the one that is taken is 3% slower."""
-    for dtype, rows in pd.DataFrame(entries).groupby("dtype", sort=False) if entries else ():
+    found = pd.DataFrame(entries, columns=None if entries else ["dtype", "units"])
+    for dtype, rows in found.sort_values("units", kind="stable").groupby("dtype", sort=False):
         times = rows.reindex(columns=PATHS)
         taken = [row[row["path"]] for _, row in rows.iterrows()]
-        found = zip(times.idxmin(axis=1), times.min(axis=1), taken, strict=True)
-        texts = (f"{k} {duration(v)}{f' !{t / v:.2f}' * (t > 1.03 * v)}" for k, v, t in found)
-        yield f"fastest path, {dtype}\n\n{spread(rows.sort_values('units'), texts, 'units')}"
+        best = zip(times.idxmin(axis=1), times.min(axis=1), taken, strict=True)
+        texts = (f"{k} {duration(v)}{f' !{t / v:.2f}' * (t > 1.03 * v)}" for k, v, t in best)
+        yield f"fastest path, {dtype}\n\n{spread(rows, texts, 'units')}"
 
 
 def rewritten(before: Json, later: Json) -> str:
@@ -213,7 +214,7 @@ def gpu(data: Json) -> str:
     return f"{setting(data, rows)} {note}\n\n{table(['', *GPU_GROUPS], lines)}"
 
 
-def page(default: Json, full: Json, device: Json, later: Json) -> Iterator[str]:
+def page(default: Json, full: Json, device: Json, compiled: Json, later: Json) -> Iterator[str]:
     rows = shown(frame(default))
     yield "# Results\n\nWritten by `make readme`.\n\n## On a processor"
     yield f"{setting(default, rows)} Over nn.LSTMCell, and the time of a call:"
@@ -234,6 +235,7 @@ def page(default: Json, full: Json, device: Json, later: Json) -> Iterator[str]:
         for dtype in dict.fromkeys(rows["dtype"]):
             some = rows[(rows["mode"] == mode) & (rows["launch"] == launch)]
             yield f"### {dtype}, {said}\n\n{ratios(some[some['dtype'] == dtype])}"
+    yield f"### Beside torch.compile\n\n{means(frame(compiled), INFERENCE)}"
     yield (
         "### After the kernels were rewritten\n\n"
         f"Kernels of revision {later['revision'][:10]}: that run measured every path at every size "
@@ -257,11 +259,11 @@ def summary(data: Json) -> str:
         parts.append(f"{name}\n\n{ratios(some) if on_gpu else long(some)}")
         if "before" in some:
             parts.append(by_size(some, speedup(some, "before")))
-        if len(peers(some)) > 1 and not on_gpu:
+        if len(peers(some)) > 1:
             parts.append(means(some, str(kind[0])))
     if len(rows):
         parts += [setting(data, rows), call_cost(rows)]
-    if data["suite"] in ("full", "gpu"):
+    if data["suite"] in ("full", "gpu", "gpu-compiled"):
         found = verdicts(data, rows)
         parts += [verdict_table(found), *missed(data, found)]
     for name, roof in rooflines(data).items():
@@ -322,7 +324,8 @@ def main() -> int:
     readme = README.read_text(encoding="utf-8")
     for name, text in blocks.items():
         readme = insert(readme, text, name)
-    shown_page = "\n\n".join(page(default, full, device, newest("crossovers"))) + "\n"
+    others = newest("gpu-compiled"), newest("crossovers")
+    shown_page = "\n\n".join(page(default, full, device, *others)) + "\n"
     files = {README: readme, PAGE: shown_page}
     old = [
         f for f, text in files.items() if not f.exists() or f.read_text(encoding="utf-8") != text

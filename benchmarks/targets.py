@@ -80,7 +80,9 @@ GPU_TARGETS = (
     Target("every other, inference", each=1, where=OTHER, dtype=""),
     Target("every other, training", None, 1, "torch", "batch > 32", *TRAINED),
     Target("cuDNN, T = 1, B <= 128", None, 1, "cudnn", "batch <= 128", *ANY),
-    Target("compile, reduce-overhead, B <= 128", None, 1, "reduce-overhead", "batch <= 128", *ANY),
+)
+COMPILED_TARGETS = (
+    Target("over nn.LSTMCell compiled, reduce-overhead", None, 1, "reduce-overhead", "", *ANY),
 )
 
 
@@ -135,7 +137,8 @@ def judged(target: Target, every: pd.DataFrame) -> Verdict:
 
 
 def verdicts(data: Json, every: pd.DataFrame) -> list[Verdict]:
-    targets: tuple[Target, ...] = GPU_TARGETS if data["device"] == "cuda" else TARGETS
+    on_gpu: dict[str, tuple[Target, ...]] = {"gpu": GPU_TARGETS, "gpu-compiled": COMPILED_TARGETS}
+    targets = on_gpu.get(data["suite"], TARGETS)
     if not any("bfloat16" in roof["peak"] for roof in data["roofline"].values()):
         targets = tuple(target for target in targets if target.peer != FLOATS)  # no dot products
     return [judged(target, every) for target in targets]

@@ -105,7 +105,15 @@ def options(folder: Path, **other: Any) -> argparse.Namespace:
 
 def test_the_most_valuable_comes_first_and_a_cut_off_file_is_gone_on_with(tmp_path: Path) -> None:
     plan = gpu_run.plan(options(tmp_path))
-    assert list(plan) == ["build", "smoke", "crossovers", "benchmark", "tests", "sanitizer"]
+    assert list(plan) == [
+        "build",
+        "smoke",
+        "crossovers",
+        "benchmark",
+        "compiled",
+        "tests",
+        "sanitizer",
+    ]
 
     def given() -> list[str]:
         return list(plan["benchmark"].commands(120)["gpu"][0])

@@ -197,7 +197,6 @@ def sanitizer(_: float) -> dict[str, Command]:
 
 def plan(args: argparse.Namespace) -> dict[str, Stage]:
     """The most valuable first."""
-    crossovers, rows = args.out / "crossovers.json", args.out / "gpu.json"
     quick = ("--shapes=512:512,128:128", "--batches=1,32,128", "--dtypes=bfloat16,float32")
     few: tuple[str, ...] = quick if args.quick else ()
 
@@ -212,13 +211,15 @@ def plan(args: argparse.Namespace) -> dict[str, Stage]:
 
     smoke = {"smoke": python("-m", "tools.exercise")}
     tests = {"tests": python("-m", "pytest", *TESTS, *PYTEST, COLUMNS="200")}
-    measured = measuring("benchmarks", rows, "--gpu", *few)
-    crossed = measuring("tools.crossovers", crossovers, *["--quick"] * args.quick)
+    measured = measuring("benchmarks", args.out / "gpu.json", "--gpu", *few)
+    compiled = measuring("benchmarks", args.out / "gpu-compiled.json", "--gpu-compiled")
+    crossed = measuring("tools.crossovers", args.out / "crossovers.json", *["--quick"] * args.quick)
     return {
         "build": Stage(build, 0.6, 300, built),
         "smoke": Stage(lambda _: smoke, 0.15, 60, exercised),
         "crossovers": Stage(crossed, 0.25, 120, resumes=True),
-        "benchmark": Stage(measured, 0.6, resumes=True),
+        "benchmark": Stage(measured, 0.5, resumes=True),
+        "compiled": Stage(compiled, 0.25, 90, resumes=True),
         "tests": Stage(lambda _: tests, 0.65, 180, outcomes),
         "sanitizer": Stage(sanitizer, 1.0, 150, sanitized),
     }
@@ -294,8 +295,8 @@ def told(data: Json) -> str:
 
 def show(out: Path) -> None:
     """What the results in a folder say, each by a process of its own."""
-    for file in (out / "crossovers.json", out / "gpu.json"):
-        if file.exists():
+    for name in ("crossovers", "gpu", "gpu-compiled"):
+        if (file := out / f"{name}.json").exists():
             command, _ = python("-m", "benchmarks.report", "--show", file)
             subprocess.run(command, cwd=ROOT, check=False)
     print(told(load(out / "stages.json")), flush=True)
