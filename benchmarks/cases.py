@@ -137,7 +137,9 @@ class Suite(NamedTuple):
 
 OWN = "lstmfused"
 SQUARE = tuple(Shape(units, units) for units in (16, 64, 128, 256, 512))
-FEW = tuple(shape for shape in SHAPES if shape[:2] in {(16, 16), (128, 128), (512, 128)})
+FEW = tuple(
+    shape for shape in SHAPES if shape[:2] in {(16, 16), (128, 128), (512, 128), (512, 512)}
+)
 LOOPED = (Shape(16, 16, 1), Shape(128, 128, 8), Shape(256, 256, 64), Shape(512, 512, 512))
 PACKED = ("lstmfused packed", "lstmfused packed bfloat16", "lstmfused packed int8")
 FULL = ("lstmfused float32", PACKED[0], "lstmfused batch-invariant", "allocate")
