@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 PY      := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+
+CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
 
 .PHONY: bench test kernels clients lint format readme clean
 
@@ -28,13 +30,13 @@ lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(PY) -m benchmarks.report --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.* csrc/*/*.[ch]* benchmarks/*.c* tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
 # The README's tables and picture and those of benchmarks/results: from the committed results, and of what
 # torch can do with a cell.

@@ -19,6 +19,7 @@ try:
         CppExtension,
         _get_cuda_arch_flags,
         get_cxx_compiler,
+        include_paths,
     )
 except ImportError as error:
     sys.exit(
@@ -27,11 +28,13 @@ except ImportError as error:
     )
 
 CSRC = Path("csrc")
-KERNEL_SOURCE = CSRC / "cpu" / "kernels.cpp"
-FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(runpy.run_path(str(CSRC / "cpu" / "variants.py")))
-CUDA_SOURCE = CSRC / "cuda" / "kernels.cu"
+KERNEL_SOURCE = CSRC / "cpu" / "kernels" / "kernels.cpp"
+FLAGS, VARIANTS = itemgetter("FLAGS", "VARIANTS")(
+    runpy.run_path(str(KERNEL_SOURCE.with_name("variants.py")))
+)
+CUDA_SOURCE = CSRC / "cuda" / "kernels" / "kernels.cu"
 DIGEST = runpy.run_path(str(CSRC / "digest.py"))["digest"]()
-nvcc = SimpleNamespace(**runpy.run_path(str(CSRC / "cuda" / "nvcc.py")))
+nvcc = SimpleNamespace(**runpy.run_path(str(CUDA_SOURCE.with_name("nvcc.py"))))
 NVCC = nvcc.find_nvcc()
 
 
@@ -84,17 +87,17 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
         return str(target)
 
 
-SOURCES = ["python", "ops", "checks", "autograd", "second_order", "composed", "frozen"]
-SOURCES += ["cpu/lstm_cpu"]
-SOURCES += ["cuda/lstm_cuda"] if NVCC else []
+FOLDERS = [CSRC, CSRC / "autograd", CSRC / "cpu", *([CSRC / "cuda"] if NVCC else [])]
 
 setup(
     ext_modules=[
         CppExtension(
             "lstmfused._C",
-            [str(CSRC / f"{name}.cpp") for name in SOURCES],
+            sorted(str(source) for folder in FOLDERS for source in folder.glob("*.cpp")),
             # at::parallel_for is serial without OpenMP; not linked, for torch brings its own copy.
-            extra_compile_args=["-O2", "-g0", "-Wall"]
+            # Torch's headers as a system's: warnings are ours alone.
+            extra_compile_args=["-O2", "-g0", "-Wall", "-Wshadow"]
+            + [f"-isystem{folder}" for folder in include_paths()]
             + (["-fopenmp"] if sys.platform == "linux" else []),
         )
     ],

@@ -105,7 +105,7 @@ class Packed(Peer):
         return case.mode == INFERENCE and case.dtype == "float32" and case.batch <= 64
 
     def bind(self, problem: Problem) -> Bound:
-        packed = lstmfused.freeze(self.module(problem), weight_dtype=self.dtype)
+        packed = lstmfused.pack(self.module(problem), weight_dtype=self.dtype)
         return bound(packed, self.rounded(problem))
 
     def rounded(self, problem: Problem) -> Problem:

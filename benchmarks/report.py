@@ -29,7 +29,7 @@ RUNS = {  # of a GPU
     (TRAINING, EAGER): "training, eager",
 }
 GPU_GROUPS = {"B ≤ 8": "batch <= 8", "8 < B ≤ 128": "8 < batch <= 128", "B > 128": "batch > 128"}
-PATHS = ("few_rows", "tensor_cores", "warpgroups", "products")  # of lstmfused on CUDA
+PATHS = ("small_batch", "tensor_cores", "warpgroups", "products")  # of lstmfused on CUDA
 
 
 def newest(suite: str) -> Json:

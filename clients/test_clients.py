@@ -38,7 +38,7 @@ def pair(make: Callable[[], nn.Module] = Tagger) -> tuple[Any, Any]:
     """A model of torch's cells, and a fused one of the same weights, both in float64."""
     torch.manual_seed(0)
     plain = make().double()
-    fused = lstmfused.fuse(copy.deepcopy(plain))
+    fused = lstmfused.fuse_(copy.deepcopy(plain))
     assert any(isinstance(m, lstmfused.LSTMCell) for m in fused.modules())
     return plain, fused
 
@@ -187,7 +187,7 @@ def test_accelerate() -> None:
         with torch.no_grad():
             found = model(x)
         with pytest.raises(ValueError, match="forward has been replaced"):
-            lstmfused.freeze(model)
+            lstmfused.pack(model)
         return found
 
     plain, fused = pair()
@@ -359,7 +359,7 @@ def test_executorch() -> None:
     """Its runtime knows torch's own operators only: core ATen is asked for."""
     exir = pytest.importorskip("executorch.exir", reason="not among the clients by default: large")
     runtime = pytest.importorskip("executorch.runtime")
-    model = lstmfused.fuse(Tagger()).eval()
+    model = lstmfused.fuse_(Tagger()).eval()
     x = data()[0].float()
     program = torch.export.export(model, (x,)).run_decompositions(lstmfused.decompositions())
     file = exir.to_edge(program).to_executorch().buffer

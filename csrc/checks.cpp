@@ -97,7 +97,7 @@ void check_cell(const char* name, const Tensor& cell, const Tensor& input) {
 }
 
 template <class Sizes>
-void check_frozen_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, int64_t inputs,
+void check_packed_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx, int64_t inputs,
                         int64_t units) {
   check_batched(input, hx, cx);
   check_input_size<Sizes>(input, inputs);
@@ -140,32 +140,36 @@ void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const T
   if (bias_hh && bias_hh->defined()) check_like("bias_hh", *bias_hh, input);
 }
 
-void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
-                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units) {
+void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units,
+                  int64_t format) {
+  TORCH_CHECK(format == kPackedFormat, "lstm_cell_packed: weights packed in format ", format,
+              ", but this lstmfused reads format ", kPackedFormat,
+              ": pack the model again with lstmfused.pack");
   const bool any = symbolic(input) || symbolic(hx) || symbolic(cx);
-  const auto check = any ? check_frozen_sizes<Symbols> : check_frozen_sizes<Numbers>;
+  const auto check = any ? check_packed_sizes<Symbols> : check_packed_sizes<Numbers>;
   check(input, hx, cx, inputs, units);
-  const int64_t padded = (units + kFrozenMultiple - 1) / kFrozenMultiple * kFrozenMultiple;
-  const auto check_packed = [](const char* name, const Tensor& tensor, int64_t size) {
-    TORCH_CHECK(tensor.dim() == 1 && tensor.sym_size(0) == size, "lstm_cell_frozen: expected ", name,
+  const int64_t padded = (units + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
+  const auto check_flat = [](const char* name, const Tensor& tensor, int64_t size) {
+    TORCH_CHECK(tensor.dim() == 1 && tensor.sym_size(0) == size, "lstm_cell_packed: expected ", name,
                 " of shape [", size, "], got ", tensor.sym_sizes());
   };
-  check_packed("weight", weight, 4 * padded * (inputs + units));
-  check_packed("bias", bias, 4 * padded);
+  check_flat("weight", weight, 4 * padded * (inputs + units));
+  check_flat("bias", bias, 4 * padded);
   const at::ScalarType dtype = weight.scalar_type();
   const bool scaled = scale && scale->defined();
   TORCH_CHECK(
       bias.scalar_type() == at::kFloat && scaled == (dtype == at::kChar) &&
           (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kChar),
-      "lstm_cell_frozen: expected bias in float32 and weight in float32, bfloat16 or, with a scale, "
+      "lstm_cell_packed: expected bias in float32 and weight in float32, bfloat16 or, with a scale, "
       "int8, got ",
-      bias.scalar_type(), " and ", dtype, ": a frozen cell keeps the dtypes that it was made with");
+      bias.scalar_type(), " and ", dtype, ": a packed cell keeps the dtypes that it was made with");
   check_place("weight", weight, bias);
   check_like("input", input, bias, "bias");
   check_like("hx[0]", hx, bias, "bias");
   check_like("hx[1]", cx, bias, "bias");
   if (!scaled) return;
-  check_packed("scale", *scale, 4 * padded);
+  check_flat("scale", *scale, 4 * padded);
   check_like("scale", *scale, bias, "bias");
 }
 

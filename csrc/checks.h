@@ -25,9 +25,10 @@ void check_shapes(const Tensor& input, const Tensor& hx, const Tensor& cx, const
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 
-// One step on batched tensors from packed weights, as frozen.cpp has them.
-void check_frozen(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
-                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units);
+// One step on batched tensors from packed weights, see struct Packed in lstm.h.
+void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                  const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units,
+                  int64_t format);
 
 // Whether those are there that the wanted gradients take.
 void check_needed(const OptionalTensor& input, const OptionalTensor& hx, const OptionalTensor& weight_ih,

@@ -31,8 +31,16 @@ struct AccumulateType<double> {
 template <class T>
 using Accumulate = typename AccumulateType<T>::type;
 
+// What becomes of a row in a step of a sequence.
+enum class RowMask : uint8_t {
+  kStep,
+  kReset,  // its state counts as zero
+  kSkip,   // h' = hx and c' = cx; its gates are of no use
+};
+
+// What a step reads and writes, weights aside.
 template <class T>
-struct Forward {
+struct Step {
   int64_t B, I, H;
   const T* input;  // (B, I)
   int64_t input_stride;
@@ -40,37 +48,38 @@ struct Forward {
   int64_t hx_stride;
   const T* cx;  // (B, H)
   int64_t cx_stride;
+  T* h;      // (B, H)
+  T* c;      // (B, H)
+  T* gates;  // (B, 4H) activated gates, or null when no gradient is wanted
+  bool wide_cell = false;
+  // For sequences, on the CPU. What the input adds to the gates before activation, where it has been
+  // multiplied for all steps at once: (B, 4H), or null.
+  const Accumulate<T>* starting_sums = nullptr;
+  int64_t starting_sums_stride = 0;
+  // (B), or null. A reset drops the sums that this step has formed, so I is 0 where it occurs.
+  const RowMask* mask = nullptr;
+};
+
+template <class T>
+struct Forward : Step<T> {
   const T* weight_ih;    // (4H, I)
   const T* weight_hh;    // (4H, H)
   const T* bias_ih;      // (4H) or null
   const T* bias_hh;      // (4H) or null
-  T* h;                  // (B, H)
-  T* c;                  // (B, H)
-  T* gates;              // (B, 4H) activated gates, or null when no gradient is wanted
   bool batch_invariant;  // a row's result depends on nothing but the row
-  bool wide_cell = false;
 };
 
 // A step from packed weights of type W, float, bfloat16 or int8_t; everything else is float. Units come in
-// blocks of kFrozenUnits, one behind the other; the last may be narrower, filled up with zeros to a
-// multiple of kFrozenMultiple. This does not depend on the instruction set: what is packed on one machine
-// runs on another.
-constexpr int kFrozenUnits = 16, kFrozenMultiple = 4;
+// blocks of kPackedUnits, one after the other; the last may be narrower, padded with zeros to a multiple of
+// kPackedMultiple. The layout does not depend on the instruction set: weights packed on one machine run on
+// another. kPackedFormat is stored with them; a change of the layout needs a new one.
+constexpr int kPackedFormat = 1, kPackedUnits = 16, kPackedMultiple = 4;
 
 template <class W>
-struct Frozen {
-  int64_t B, I, H;
-  const float* input;  // (B, I)
-  int64_t input_stride;
-  const float* hx;  // (B, H)
-  int64_t hx_stride;
-  const float* cx;  // (B, H)
-  int64_t cx_stride;
+struct Packed : Step<float> {
   const W* weight;     // of each block (I + H, 4, units): the rows of the input, then those of the state
   const float* scale;  // of each block (4, units), by which the sums are multiplied, or null
-  const float* bias;   // of each block (4, units), both summed
-  float* h;            // (B, H)
-  float* c;            // (B, H)
+  const float* bias;   // of each block (4, units), the sum of both
 };
 
 // X is the type of the gate gradients, a left factor: the CPU's kernels want it widened, CUDA's do not.
@@ -90,9 +99,9 @@ struct Backward {
   int64_t cx_stride;
   const T* weight_ih;         // (4H, I) or null where grad_input is
   const T* weight_hh;         // (4H, H) or null where grad_hx is
-  int64_t rows;               // of the batch that scratch has room for: backward_rows(), or B
+  int64_t rows;               // that grad_gates has: of the whole batch, or of a part of it at a time
   X* grad_gates;              // (rows, 4H) scratch, or gates themselves, which are overwritten
-  int64_t grad_gates_stride;  // backward_stride(), or as it is
+  int64_t grad_gates_stride;  // at least 4H
   // Each of these is null when it is not wanted.
   T* grad_input;      // (B, I)
   T* grad_hx;         // (B, H)
@@ -103,6 +112,9 @@ struct Backward {
   T* grad_bias_ih;
   T* grad_bias_hh;
   bool wide_cell = false;
+  // (B), or null; on the CPU. Where a row is reset, hx is zero in the product of grad_weight_hh: the caller
+  // gives it so.
+  const RowMask* mask = nullptr;
 };
 
 // The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums
@@ -126,27 +138,5 @@ struct Tangents {
   T* grad_gates;          // (B, 4H)
   T* grad_cx_tangent;     // (B, H)
 };
-
-// The batch is worked on in stretches, so that their gate gradients stay in a cache; but in long ones,
-// since each adds to the weight gradients, (4H, I + H), and is little work where units are few. Each is a
-// multiple of the depth of one sum. Where gradients are too narrow to hold sums, it is one stretch.
-template <class T>
-static int64_t backward_rows(int64_t B, int64_t I, int64_t H) {
-  constexpr int64_t kStates = 32768, kBytes = 24 << 20, kMultiple = 256;
-  if (sizeof(T) != sizeof(Accumulate<T>)) return B;
-  const int64_t enough = kStates / H > 2 * (I + H) ? kStates / H : 2 * (I + H);
-  const int64_t most = kBytes / (4 * H * int64_t(sizeof(T)));
-  const int64_t rows = (enough < most ? enough : most) / kMultiple * kMultiple;
-  return B < kMultiple || B <= rows ? B : rows < kMultiple ? kMultiple : rows;
-}
-
-// Between rows of the gate gradients: whole cache lines, but no multiple of eight of them, or a column
-// would fall into few sets of the caches.
-template <class T>
-static int64_t backward_stride(int64_t H) {
-  constexpr int64_t kLine = 64 / sizeof(Accumulate<T>);
-  const int64_t lines = (4 * H + kLine - 1) / kLine;
-  return (lines % 8 ? lines : lines + 1) * kLine;
-}
 
 }  // namespace lstmfused

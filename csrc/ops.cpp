@@ -1,15 +1,22 @@
-// Every operator: the table of contents.
+// Every operator: its schema, and which file has it for which dispatch key.
 //
-//   lstm_cell                the step, batched or not                    cpu/lstm_cpu, cuda/lstm_cuda
-//   lstm_cell_forward        the step on batched tensors, and its gates  cpu/lstm_cpu, cuda/lstm_cuda
-//   lstm_cell_backward       its gradients                               cpu/lstm_cpu, cuda/lstm_cuda
-//   lstm_cell_backward_      the same, and gates are used up             cpu/lstm_cpu, cuda/lstm_cuda
-//   lstm_cell_gradients      the same, to be differentiated again        second_order
-//   lstm_cell_tangents       directional derivatives of step, gradients  second_order
-//   lstm_cell_unit_tangents  their part that is made unit by unit        cpu/lstm_cpu, composed
-//   lstm_cell_frozen         the step from packed weights                frozen
+//                                  CPU            CUDA       Autograd      Autocast  vmap          fake
+//   lstm_cell                      cpu/cell       cuda/cell  cell          autocast  _ops/vmap.py  yes
+//   lstm_cell_forward              cpu/cell       cuda/cell  cell                    second_order  yes
+//   lstm_cell_backward             cpu/cell       cuda/cell  cell                    cell          yes
+//   lstm_cell_backward_reuse_gates cpu/cell       cuda/cell  cell                    cell          yes
+//   lstm_cell_gradients            second_order, of lstm_cell_backward  second_order second_order
+//   lstm_cell_tangents             second_order, of products and the next            second_order
+//   lstm_cell_unit_tangents        cpu/tangents   composed
+//   lstm_cell_packed               cpu/packed                cpu/packed    cpu/packed              yes
 //
-// How lstm_cell is differentiated is in autograd.cpp; how its gradients are, in second_order.cpp.
+// autograd/ has cell, autocast, second_order and composed; lstmfused/_ops/fake.py the fake kernels;
+// python.cpp the bindings.
+//
+// lstm_cell is the step, batched or not; what autograd makes of it is lstm_cell_forward, which also returns
+// the gates, and lstm_cell_backward. lstm_cell_gradients are the same gradients, to be differentiated
+// again, by lstm_cell_tangents: directional derivatives of step and gradients, of which
+// lstm_cell_unit_tangents is the part without products.
 //
 // Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -37,9 +44,11 @@ TORCH_LIBRARY(lstmfused, m) {
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
-  // gates may become anything
+  // The same; the contents of gates are undefined afterwards, since the gate gradients may take their
+  // place.
   m.def(
-      "lstm_cell_backward_(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor? input, Tensor? hx, "
+      "lstm_cell_backward_reuse_gates(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor? input, "
+      "Tensor? hx, "
       "Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
       "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
@@ -66,8 +75,8 @@ TORCH_LIBRARY(lstmfused, m) {
       "(Tensor h_tangent, Tensor c_tangent, Tensor grad_gates, Tensor grad_cx_tangent)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "lstm_cell_frozen(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
-      "int input_size, int hidden_size) -> (Tensor h, Tensor c)",
+      "lstm_cell_packed(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
+      "int input_size, int hidden_size, int format) -> (Tensor h, Tensor c)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -112,11 +121,12 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 
-Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                              const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
-                              const Tensor& cx, const OptionalTensor& weight_ih,
-                              const OptionalTensor& weight_hh, std::array<bool, 7> output_mask) {
-  LSTMFUSED_HANDLE(lstm_cell_backward_);
+Gradients lstm_cell_backward_reuse_gates(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                         const Tensor& gates, const OptionalTensor& input,
+                                         const OptionalTensor& hx, const Tensor& cx,
+                                         const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                         std::array<bool, 7> output_mask) {
+  LSTMFUSED_HANDLE(lstm_cell_backward_reuse_gates);
   return handle.call(grad_h, grad_c, gates, input, hx, cx, weight_ih, weight_hh, output_mask);
 }
 
@@ -146,11 +156,11 @@ UnitTangents lstm_cell_unit_tangents(const OptionalTensor& grad_h, const Optiona
   return handle.call(grad_h, grad_c, gates, cx, sums_tangent, cx_tangent, grad_h_tangent, grad_c_tangent);
 }
 
-State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                        const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
-                       int64_t input_size, int64_t hidden_size) {
-  LSTMFUSED_HANDLE(lstm_cell_frozen);
-  return handle.call(input, hx, cx, weight, bias, scale, input_size, hidden_size);
+                       int64_t input_size, int64_t hidden_size, int64_t format) {
+  LSTMFUSED_HANDLE(lstm_cell_packed);
+  return handle.call(input, hx, cx, weight, bias, scale, input_size, hidden_size, format);
 }
 
 }  // namespace lstmfused

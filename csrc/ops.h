@@ -51,10 +51,11 @@ Gradients lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor&
                              const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
                              const Tensor& cx, const OptionalTensor& weight_ih,
                              const OptionalTensor& weight_hh, std::array<bool, 7> output_mask);
-Gradients lstm_cell_backward_(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                              const Tensor& gates, const OptionalTensor& input, const OptionalTensor& hx,
-                              const Tensor& cx, const OptionalTensor& weight_ih,
-                              const OptionalTensor& weight_hh, std::array<bool, 7> output_mask);
+Gradients lstm_cell_backward_reuse_gates(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
+                                         const Tensor& gates, const OptionalTensor& input,
+                                         const OptionalTensor& hx, const Tensor& cx,
+                                         const OptionalTensor& weight_ih, const OptionalTensor& weight_hh,
+                                         std::array<bool, 7> output_mask);
 
 // The gradients, as an operator that can be differentiated itself; and the tangents of step and gradients.
 std::vector<Tensor> lstm_cell_gradients(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
@@ -71,10 +72,10 @@ UnitTangents lstm_cell_unit_tangents(const OptionalTensor& grad_h, const Optiona
                                      const OptionalTensor& grad_h_tangent,
                                      const OptionalTensor& grad_c_tangent);
 
-// From packed weights; what they are is told in frozen.cpp.
-State lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+// From packed weights: see struct Packed in lstm.h.
+State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                        const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
-                       int64_t input_size, int64_t hidden_size);
+                       int64_t input_size, int64_t hidden_size, int64_t format);
 
 // torch's own cell, for the dtypes without kernels: see has_kernel.
 State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
@@ -104,8 +105,8 @@ void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const Option
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh);
 
-void check_lstm_cell_frozen(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+void check_lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                             const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
-                            int64_t input_size, int64_t hidden_size);
+                            int64_t input_size, int64_t hidden_size, int64_t format);
 
 }  // namespace lstmfused

@@ -6,7 +6,7 @@
 #include <torch/csrc/utils/python_numbers.h>
 
 #include "checks.h"
-#include "cpu/variant.h"
+#include "cpu/runtime.h"
 #include "ops.h"
 #ifdef LSTMFUSED_CUDA
 #include "cuda/paths.h"
@@ -20,13 +20,13 @@ namespace {
 // pybind11, too, would take longer than a small step computes.
 
 struct Names {
-  const char *op, *arguments[8];
+  const char *op, *arguments[9];
 };
 constexpr Names kStep{"lstm_cell",
                       {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"}};
-constexpr Names kFrozen{
-    "lstm_cell_frozen",
-    {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "input_size", "hidden_size"}};
+constexpr Names kPacked{
+    "lstm_cell_packed",
+    {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "input_size", "hidden_size", "format"}};
 
 template <class T>
 void check(PyObject* object, const char* name) {
@@ -70,18 +70,18 @@ struct Borrowed<int64_t> {
   explicit Borrowed(PyObject* object) : value(THPUtils_unpackLong(object)) {}
 };
 
-// So few numbers that the step ends before another thread would have noticed that the GIL is free.
-bool little(const Tensor& tensor) {
-  constexpr int64_t kLittle = 1 << 16;
+// So small that the step ends before another thread would have noticed that the GIL is free.
+bool is_small(const Tensor& tensor) {
+  constexpr int64_t kSmall = 1 << 16;
   return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
-         tensor.numel() < kLittle;
+         tensor.numel() < kSmall;
 }
-bool little(const OptionalTensor& tensor) { return !tensor || little(*tensor); }
-bool little(int64_t) { return true; }
+bool is_small(const OptionalTensor& tensor) { return !tensor || is_small(*tensor); }
+bool is_small(int64_t) { return true; }
 
 template <class... Arguments>
 State call(State (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {
-  if ((little(given.value) && ...)) return step(given.value...);
+  if ((is_small(given.value) && ...)) return step(given.value...);
   const std::tuple<std::decay_t<Arguments>...> kept{given.value...};  // whatever others do meanwhile
   const pybind11::gil_scoped_release no_gil;
   return std::apply(step, kept);
@@ -123,7 +123,7 @@ PyMethodDef method() {
 
 PyMethodDef methods[] = {
     method<lstm_cell, kStep>(),
-    method<lstm_cell_frozen, kFrozen>(),
+    method<lstm_cell_packed, kPacked>(),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -136,9 +136,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("has_kernel", &lstmfused::has_kernel);
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
-  m.def("check_lstm_cell_frozen", &lstmfused::check_lstm_cell_frozen);
+  m.def("check_lstm_cell_packed", &lstmfused::check_lstm_cell_packed);
   m.def("batch_invariant", &lstmfused::batch_invariant);
   m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
+  m.attr("packed_format") = lstmfused::kPackedFormat;
+  m.attr("packed_units") = lstmfused::kPackedUnits;
+  m.attr("packed_multiple") = lstmfused::kPackedMultiple;
   m.def("cpu_kernel", [] { return lstmfused::cpu_kernels().name; });
 #ifdef LSTMFUSED_CUDA
   m.attr("cuda_architectures") = LSTMFUSED_CUDA;

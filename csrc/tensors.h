@@ -50,24 +50,13 @@ struct ForwardTensors {
 
   template <class T>
   Forward<T> with(const Tensor& h, const Tensor& c, const Tensor& gates) const {
-    return {B,
-            I,
-            H,
-            in<T>(*input),
-            input->stride(0),
-            in<T>(*hx),
-            hx->stride(0),
-            in<T>(*cx),
-            cx->stride(0),
+    return {{B, I, H, in<T>(*input), input->stride(0), in<T>(*hx), hx->stride(0), in<T>(*cx), cx->stride(0),
+             out<T>(h), out<T>(c), out<T>(gates), cx->scalar_type() != input->scalar_type()},
             in<T>(*weight_ih),
             in<T>(*weight_hh),
             in<T>(*bias_ih),
             in<T>(*bias_hh),
-            out<T>(h),
-            out<T>(c),
-            out<T>(gates),
-            batch_invariant(),
-            cx->scalar_type() != input->scalar_type()};
+            batch_invariant()};
   }
 };
 

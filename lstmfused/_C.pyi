@@ -1,6 +1,9 @@
 from torch import Tensor, dtype
 
 compiler: str
+packed_format: int
+packed_units: int
+packed_multiple: int
 cuda_architectures: str  # as TORCH_CUDA_ARCH_LIST has them; empty where built without CUDA
 
 # Only where built with CUDA.
@@ -28,7 +31,7 @@ def lstm_cell(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
-def lstm_cell_frozen(
+def lstm_cell_packed(
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -37,8 +40,9 @@ def lstm_cell_frozen(
     scale: Tensor | None,
     input_size: int,
     hidden_size: int,
+    format: int,
 ) -> tuple[Tensor, Tensor]: ...
-def check_lstm_cell_frozen(
+def check_lstm_cell_packed(
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -47,6 +51,7 @@ def check_lstm_cell_frozen(
     scale: Tensor | None,
     input_size: int,
     hidden_size: int,
+    format: int,
 ) -> None: ...
 def check_lstm_cell(
     input: Tensor,

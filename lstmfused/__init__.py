@@ -1,29 +1,30 @@
 """The LSTM cell that PyTorch should have had: one step, one fused kernel."""
 
-__version__ = "0.1.0"
-
 from . import _integrations, functional, reference
 from ._integrations.decompositions import decompositions
 from ._ops import build_info
-from .convert import fuse, unfuse
-from .frozen import FrozenLSTMCell, freeze
+from ._version import __version__
 from .invariance import batch_invariant, is_batch_invariant, set_batch_invariant
-from .modules import LazyLSTMCell, LSTMCell
+from .modules import LazyLSTMCell, LSTMCell, PackedLSTMCell, fuse_, pack, unfuse_
 
 __all__ = [
-    "FrozenLSTMCell",
     "LSTMCell",
     "LazyLSTMCell",
+    "PackedLSTMCell",
+    "__version__",
     "batch_invariant",
     "build_info",
     "decompositions",
-    "freeze",
     "functional",
-    "fuse",
+    "fuse_",
     "is_batch_invariant",
+    "pack",
     "reference",
     "set_batch_invariant",
-    "unfuse",
+    "unfuse_",
 ]
+
+# Names of earlier versions, until 1.0.
+fuse, unfuse, freeze, FrozenLSTMCell = fuse_, unfuse_, pack, PackedLSTMCell
 
 _integrations.register()

@@ -3,7 +3,7 @@
 // Every array is a heap block that ends where its last row does, so that AddressSanitizer sees a step
 // beside it. Everything runs under several orders of the threads and must come out the same. With an
 // argument, a small selection runs: enough to miss a barrier or a wait.
-#include "../csrc/cuda/kernels.cu"
+#include "../csrc/cuda/kernels/kernels.cu"
 
 #include <cmath>
 #include <cstdint>
@@ -177,8 +177,8 @@ static bool are_few(int64_t B, int64_t I, int64_t H) { return (B + 8) * (I + H) 
 
 // Runs `step` in each setting; on one device its outputs are to be the same in every order. `after` checks
 // them.
-template <class T, class Step, class After>
-static void run(Where where, const char* name, const vector<Output>& outputs, const Step& step,
+template <class T, class Expected, class After>
+static void run(Where where, const char* name, const vector<Output>& outputs, const Expected& step,
                 const After& after) {
   where.name = name;
   vector<vector<unsigned char>> first;
@@ -235,13 +235,13 @@ static vector<double> products(Array<T>& input, Array<T>& hx, Array<T>& weight_i
   return sums;
 }
 
-struct Step {
+struct Expected {
   vector<double> h, c, gates;
 };
 template <class T, class C>
-static Step step_from(const vector<double>& sums, Array<C>& cx, Array<T>* bias_ih, Array<T>* bias_hh) {
+static Expected step_from(const vector<double>& sums, Array<C>& cx, Array<T>* bias_ih, Array<T>* bias_hh) {
   const int64_t B = cx.rows, H = cx.width, G = 4 * H;
-  Step step{vector<double>(B * H), vector<double>(B * H), vector<double>(B * G)};
+  Expected step{vector<double>(B * H), vector<double>(B * H), vector<double>(B * G)};
   for (int64_t b = 0; b < B; b++)
     for (int64_t u = 0; u < H; u++) {
       double gate[4];
@@ -276,36 +276,26 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const Where where{B, I, H, layout, "", {}};
   const auto save_gates = [] { return simt::order != simt::Order::kBackward; };
   const auto problem = [&] {
-    return Forward<T>{B,
-                      I,
-                      H,
-                      input.data(),
-                      input.stride,
-                      hx.data(),
-                      hx.stride,
-                      as<T>(cx.data()),
-                      cx.stride,
+    return Forward<T>{{B, I, H, input.data(), input.stride, hx.data(), hx.stride, as<T>(cx.data()),
+                       cx.stride, h.data(), as<T>(c.data()), save_gates() ? gates.data() : nullptr,
+                       /*wide_cell=*/sizeof(C) != sizeof(T)},
                       weight_ih.data(),
                       weight_hh.data(),
                       bias_of_input ? bias_ih.data() : nullptr,
                       bias_of_state ? bias_hh.data() : nullptr,
-                      h.data(),
-                      as<T>(c.data()),
-                      save_gates() ? gates.data() : nullptr,
-                      /*batch_invariant=*/false,
-                      /*wide_cell=*/sizeof(C) != sizeof(T)};
+                      /*batch_invariant=*/false};
   };
-  const auto compare = [&](const Where& at, const Step& expected, bool with_gates) {
+  const auto compare = [&](const Where& at, const Expected& expected, bool with_gates) {
     check(at, "h", h, expected.h, double(I + H));
     check(at, "c", c, expected.c, double(I + H));
     if (with_gates) check(at, "gates", gates, expected.gates, double(I + H));
   };
 
   const vector<double> sums = products(input, hx, weight_ih, weight_hh, [](double x) { return x; });
-  const Step expected = step_from<T>(sums, cx, bias_of_input, bias_of_state);
+  const Expected expected = step_from<T>(sums, cx, bias_of_input, bias_of_state);
   if (are_few(B, I, H))
     run<T>(
-        where, "forward_few_rows", {h, c}, [&](Device on) { return forward_few_rows(problem(), on); },
+        where, "forward_small_batch", {h, c}, [&](Device on) { return forward_small_batch(problem(), on); },
         [&](const Where& at) {
           compare(at, expected, save_gates());
           if (B == 1 || simt::order != simt::Order::kForward) return;
@@ -320,7 +310,7 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
             p.h = row_h.data();
             p.c = as<T>(row_c.data());
             p.gates = nullptr;
-            if (const char* error = forward_few_rows(p, at.device)) fail(at, sizeof(T), error);
+            if (const char* error = forward_small_batch(p, at.device)) fail(at, sizeof(T), error);
             if (!same(row_h.data(), h.row(b), H) || !same(row_c.data(), c.row(b), H))
               fail(at, sizeof(T), "a row alone is not as in the batch");
           }
@@ -329,7 +319,7 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
   if constexpr (sizeof(T) < 8) {
     const vector<double> rounded = products(
         input, hx, weight_ih, weight_hh, [](double x) { return sizeof(T) == 4 ? to_nearest_tf32(x) : x; });
-    const Step step = step_from<T>(rounded, cx, bias_of_input, bias_of_state);
+    const Expected step = step_from<T>(rounded, cx, bias_of_input, bias_of_state);
     run<T>(
         where, "forward_tensor_cores", {h, c},
         [&](Device on) { return forward_tensor_cores(problem(), on); },
@@ -432,7 +422,7 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
   run<T>(
       where, "gate_gradients", {grad_gates, grad_cx, grad_bias_ih, grad_bias_hh},
       [&](Device on) {
-        Array<A> partial(bias_pieces<T>({B, I, H, false}, on), G);
+        Array<A> partial(bias_chunks<T>({B, I, H, false}, on), G);
         return gate_gradients(p, partial.data(), on);
       },
       [&](const Where& at) {
@@ -468,8 +458,8 @@ static void test_backward(int64_t B, int64_t I, int64_t H, Layout layout) {
   const vector<double> dx = to_left(weight_ih), dh = to_left(weight_hh), dwi = to_weight(input),
                        dwh = to_weight(hx);
   run<T>(
-      where, "backward_few_rows", {grad_input, grad_hx, grad_weight_ih, grad_weight_hh},
-      [&](Device on) { return backward_few_rows(p, on); },
+      where, "backward_small_batch", {grad_input, grad_hx, grad_weight_ih, grad_weight_hh},
+      [&](Device on) { return backward_small_batch(p, on); },
       [&](const Where& at) {
         if (p.grad_input) check(at, "grad_input", grad_input, dx, double(G));
         if (p.grad_hx) check(at, "grad_hx", grad_hx, dh, double(G));

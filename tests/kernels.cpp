@@ -1,9 +1,9 @@
 // The kernels of one instruction set against plain loops in double precision, without torch: what
 // sanitizers, other compilers and emulators can run. test_kernels.py builds it together with
-// csrc/cpu/kernels.cpp; LSTMFUSED_ISA names the variant.
+// csrc/cpu/kernels/kernels.cpp; LSTMFUSED_ISA names the variant.
 //
 // Every array is a heap block of exactly its size, so that AddressSanitizer sees a step beside it.
-#include "../csrc/cpu/kernels.h"
+#include "../csrc/cpu/kernels/kernels.h"
 #include "numbers.h"
 
 #include <algorithm>
@@ -18,9 +18,11 @@
 #define PASTE(a, b) a##b
 #define NAME(prefix, isa) PASTE(prefix, isa)
 
+#ifndef __AVX512BF16__  // which has kernels of bfloat16 alone
 namespace lstmfused {
 extern const Kernels NAME(kernels_, LSTMFUSED_ISA);
 }
+#endif
 
 using namespace lstmfused;
 using std::vector;
@@ -140,9 +142,13 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
        {std::pair{false, false}, {false, true}, {true, false}}) {
     vector<T> out_h(B * H), out_gates(save_gates ? B * G : 0);
     vector<C> out_c(B * H);
-    kernels.forward({B, I, H, x_.data(), I, h_.data(), H, cells(cx), H, weight_ih.data(), weight_hh.data(),
-                     bias_ih.data(), bias_hh.data(), out_h.data(), cells(out_c),
-                     save_gates ? out_gates.data() : nullptr, batch_invariant, wide},
+    kernels.forward({{B, I, H, x_.data(), I, h_.data(), H, cells(cx), H, out_h.data(), cells(out_c),
+                      save_gates ? out_gates.data() : nullptr, wide},
+                     weight_ih.data(),
+                     weight_hh.data(),
+                     bias_ih.data(),
+                     bias_hh.data(),
+                     batch_invariant},
                     pool);
     check("h", out_h, next_h, double(I + H), B, I, H);
     check("c", out_c, next_c, double(I + H), B, I, H);
@@ -235,22 +241,166 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
   }
 }
 
+// A step of a sequence: what the input adds is there already, and rows are reset or skipped. Forward from
+// torch's and from packed weights, and backward.
+template <class T>
+static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKernel<float> packed,
+                        int64_t B, int64_t H, int64_t threads) {
+  using A = Accumulate<T>;
+  const int64_t G = 4 * H, sums_stride = G + 3;
+  const Pool pool{run_in_reverse, threads, 1 << 20};
+  const double scale = 1 / sqrt(double(H));
+  const vector<T> h_ = uniform<T>(B * H, 1), c_ = uniform<T>(B * H, 1), weight = uniform<T>(G * H, scale),
+                  bias = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1), grad_c = uniform<T>(B * H, 1);
+  const vector<A> sums = uniform<A>(B * sums_stride, 1);
+  vector<RowMask> mask(B);
+  for (RowMask& row : mask) row = RowMask(int(3 * (uniform() + 1) / 2) % 3);
+  vector<double> h = values(h_), c = values(c_);
+  const vector<double> w = values(weight), b = values(bias), start = values(sums), gh = values(grad_h),
+                       gc = values(grad_c), given_h = h, given_c = c;
+  for (int64_t row = 0; row < B; row++)
+    for (int64_t u = 0; u < H && mask[row] == RowMask::kReset; u++) h[row * H + u] = c[row * H + u] = 0;
+  vector<double> gates(B * G), next_h(B * H), next_c(B * H);
+  for (int64_t row = 0; row < B; row++)
+    for (int64_t u = 0; u < H; u++) {
+      const int64_t at = row * H + u;
+      double gate[4];
+      for (int64_t g = 0; g < 4; g++) {
+        double sum = b[g * H + u] + start[row * sums_stride + g * H + u];
+        for (int64_t k = 0; k < H; k++) sum += h[row * H + k] * w[(g * H + u) * H + k];
+        gates[row * G + g * H + u] = gate[g] = g == 2 ? tanh(sum) : 1 / (1 + exp(-sum));
+      }
+      const bool skip = mask[row] == RowMask::kSkip;
+      next_c[at] = skip ? c[at] : gate[1] * c[at] + gate[0] * gate[2];
+      next_h[at] = skip ? h[at] : gate[3] * tanh(next_c[at]);
+    }
+  // The state of a row that is reset must not matter, whatever it is.
+  vector<T> hx = h_, cx = c_;
+  for (int64_t row = 0; row < B; row++)
+    for (int64_t u = 0; u < H && mask[row] == RowMask::kReset; u++) {
+      assign(hx[row * H + u], NAN);
+      assign(cx[row * H + u], NAN);
+    }
+
+  const auto compare = [&](const char* kind, const vector<T>& out_h, const vector<T>& out_c,
+                           const vector<T>& out_gates) {
+    check(kind, out_h, next_h, double(H), B, 0, H);
+    check(kind, out_c, next_c, double(H), B, 0, H);
+    vector<T> of_steps = out_gates;  // those of rows that are skipped are of no use
+    for (int64_t row = 0; row < B; row++)
+      for (int64_t i = row * G; i < row * G + G && mask[row] == RowMask::kSkip; i++)
+        assign(of_steps[i], gates[i]);
+    check(kind, of_steps, gates, double(H), B, 0, H);
+  };
+  vector<T> out_gates(B * G);
+  const auto step = [&](T* next_hidden, T* next_cell) -> Step<T> {
+    return {B, 0,           H,         nullptr,          0,     hx.data(),   H,           cx.data(),
+            H, next_hidden, next_cell, out_gates.data(), false, sums.data(), sums_stride, mask.data()};
+  };
+  for (const bool batch_invariant : {false, true}) {
+    vector<T> out_h(B * H), out_c(B * H);
+    kernels.forward(
+        {step(out_h.data(), out_c.data()), nullptr, weight.data(), bias.data(), nullptr, batch_invariant},
+        pool);
+    compare("masked", out_h, out_c, out_gates);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t padded = (H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
+    vector<float> packed_weight(4 * padded * H), packed_bias(4 * padded);
+    for (int64_t u0 = 0; u0 < H; u0 += kPackedUnits) {
+      const int64_t width = std::min<int64_t>(kPackedUnits, padded - u0);
+      for (int64_t g = 0; g < 4; g++)
+        for (int64_t u = 0; u < width && u0 + u < H; u++) {
+          packed_bias[4 * u0 + g * width + u] = bias[g * H + u0 + u];
+          for (int64_t k = 0; k < H; k++)
+            packed_weight[4 * u0 * H + (k * 4 + g) * width + u] = weight[(g * H + u0 + u) * H + k];
+        }
+    }
+    vector<T> out_h(B * H), out_c(B * H);
+    packed({step(out_h.data(), out_c.data()), packed_weight.data(), nullptr, packed_bias.data()}, pool);
+    compare("masked, packed", out_h, out_c, out_gates);
+  }
+
+  const vector<double> saved = values(out_gates);
+  vector<double> dg(B * G), dh(B * H), dc(B * H), dw(G * H);
+  for (int64_t row = 0; row < B; row++) {
+    for (int64_t u = 0; u < H; u++) {
+      const int64_t at = row * H + u;
+      if (mask[row] == RowMask::kSkip) {
+        dh[at] = gh[at];
+        dc[at] = gc[at];
+        continue;
+      }
+      const double *s = &saved[row * G + u], i = s[0], f = s[H], g = s[2 * H], o = s[3 * H];
+      const double t = tanh(f * c[at] + i * g), through = gc[at] + gh[at] * o * (1 - t * t);
+      double* d = &dg[row * G + u];
+      d[0] = through * g * i * (1 - i);
+      d[H] = through * c[at] * f * (1 - f);
+      d[2 * H] = through * i * (1 - g * g);
+      d[3 * H] = gh[at] * t * o * (1 - o);
+      dc[at] = mask[row] == RowMask::kReset ? 0 : through * f;
+    }
+    for (int64_t i = 0; i < G; i++)
+      for (int64_t k = 0; k < H; k++) {
+        if (mask[row] == RowMask::kStep) dh[row * H + k] += dg[row * G + i] * w[i * H + k];
+        dw[i * H + k] += dg[row * G + i] * h[row * H + k];
+      }
+  }
+  for (int64_t i = 0; i < B * H; i++)  // as a sequence has it: zero where a row is reset
+    if (mask[i / H] == RowMask::kReset) assign(hx[i], 0);
+  const int64_t rows = backward_rows<T>(B, 0, H), stride = backward_stride<T>(H);
+  vector<A> scratch(rows * stride);
+  vector<T> out_hx(B * H), out_cx(B * H), out_weight(G * H);
+  kernels.backward({B,
+                    0,
+                    H,
+                    grad_h.data(),
+                    H,
+                    grad_c.data(),
+                    H,
+                    out_gates.data(),
+                    nullptr,
+                    0,
+                    hx.data(),
+                    H,
+                    cx.data(),
+                    H,
+                    nullptr,
+                    weight.data(),
+                    rows,
+                    scratch.data(),
+                    stride,
+                    nullptr,
+                    out_hx.data(),
+                    out_cx.data(),
+                    nullptr,
+                    out_weight.data(),
+                    nullptr,
+                    nullptr,
+                    false,
+                    mask.data()},
+                   pool);
+  check("masked grad_hx", out_hx, dh, double(G), B, 0, H);
+  check("masked grad_cx", out_cx, dc, 1, B, 0, H);
+  check("masked grad_weight_hh", out_weight, dw, double(B), B, 0, H);
+}
+
 // From packed weights: those of lstm.h, packed here once more. scale is what int8 weights are multiplied
 // by.
 template <class W>
-static void test_frozen(FrozenKernel<W> kernel, int64_t B, int64_t I, int64_t H, int64_t threads) {
+static void test_packed(PackedKernel<W> kernel, int64_t B, int64_t I, int64_t H, int64_t threads) {
   const int64_t G = 4 * H, K = I + H;
   constexpr bool whole = sizeof(W) == 1;
   const Pool pool{run_in_reverse, threads, 1 << 20};
   const double size = 1 / sqrt(double(std::max(I, H)));
   const vector<float> input = uniform<float>(B * I, 1), hx = uniform<float>(B * H, 1),
                       cx = uniform<float>(B * H, 1);
-  const int64_t padded = (H + kFrozenMultiple - 1) / kFrozenMultiple * kFrozenMultiple;
+  const int64_t padded = (H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
   vector<W> weight(4 * padded * K);
   vector<float> bias(4 * padded), scale(whole ? 4 * padded : 0);
   vector<double> weights(G * K), biases(G);
-  for (int64_t u0 = 0; u0 < H; u0 += kFrozenUnits) {
-    const int64_t width = std::min<int64_t>(kFrozenUnits, padded - u0);
+  for (int64_t u0 = 0; u0 < H; u0 += kPackedUnits) {
+    const int64_t width = std::min<int64_t>(kPackedUnits, padded - u0);
     for (int64_t gate = 0; gate < 4; gate++)
       for (int64_t u = 0; u < width && u0 + u < H; u++) {
         const int64_t row = gate * H + u0 + u, at = gate * width + u;
@@ -283,11 +433,13 @@ static void test_frozen(FrozenKernel<W> kernel, int64_t B, int64_t I, int64_t H,
       next_h[b * H + u] = gate[3] * tanh(next_c[b * H + u]);
     }
   vector<float> h(B * H), c(B * H);
-  kernel({B, I, H, input.data(), I, hx.data(), H, cx.data(), H, weight.data(),
-          whole ? scale.data() : nullptr, bias.data(), h.data(), c.data()},
+  kernel({{B, I, H, input.data(), I, hx.data(), H, cx.data(), H, h.data(), c.data(), nullptr},
+          weight.data(),
+          whole ? scale.data() : nullptr,
+          bias.data()},
          pool);
-  check("frozen h", h, next_h, double(K), B, I, H);
-  check("frozen c", c, next_c, double(K), B, I, H);
+  check("packed h", h, next_h, double(K), B, I, H);
+  check("packed c", c, next_c, double(K), B, I, H);
 }
 
 // With every input, and with those alone that a bit of `given` stands for; the others are zero.
@@ -346,36 +498,60 @@ static void test_tangents(TangentsKernel<T> kernel, int64_t B, int64_t H, int64_
   }
 }
 
-int main() {
+constexpr int64_t kShapes[][3] = {{1, 1, 1},    {1, 20, 3},   {2, 5, 17},   {3, 16, 16},  {4, 33, 7},
+                                  {5, 51, 51},  {7, 2, 20},   {13, 130, 9}, {19, 70, 33}, {64, 16, 16},
+                                  {70, 3, 150}, {97, 51, 20}, {300, 9, 5},  {6, 300, 40}, {50, 256, 40},
+                                  {1, 0, 9},    {4, 0, 20},   {33, 0, 8}};
+
+// Half types, with a cell state of their own type and in float32.
+template <class T>
+static void test_half(const CellKernels<T>& kernels) {
+  for (const auto& [B, I, H] : kShapes)
+    for (int64_t threads : {1, 3}) {
+      test<T>(kernels, B, I, H, threads);
+      test<float>(kernels, B, I, H, threads);
+      test_masked(kernels, {}, B, H, threads);
+    }
+}
+
+#ifdef __AVX512BF16__
+static const char* test_all() {
+  test_half(kernels_avx512_bf16);
+  return "avx512_bf16";
+}
+#else
+static const char* test_all() {
   const Kernels& kernels = NAME(kernels_, LSTMFUSED_ISA);
-  const int64_t shapes[][3] = {{1, 1, 1},    {1, 20, 3},   {2, 5, 17},   {3, 16, 16},  {4, 33, 7},
-                               {5, 51, 51},  {7, 2, 20},   {13, 130, 9}, {19, 70, 33}, {64, 16, 16},
-                               {70, 3, 150}, {97, 51, 20}, {300, 9, 5},  {6, 300, 40}, {50, 256, 40},
-                               {1, 0, 9},    {4, 0, 20},   {33, 0, 8}};
-  for (const auto& [B, I, H] : shapes)
+  test_half(kernels.bf16);
+  test_half(kernels.f16);
+  for (const auto& [B, I, H] : kShapes)
     for (int64_t threads : {1, 3}) {
       test<float>(kernels.f32, B, I, H, threads);
       test<double>(kernels.f64, B, I, H, threads);
-      test<bfloat16>(kernels.bf16, B, I, H, threads);
-      test<float>(kernels.bf16, B, I, H, threads);
-      test<float16>(kernels.f16, B, I, H, threads);
-      test<float>(kernels.f16, B, I, H, threads);
-      test_frozen(kernels.frozen_f32, B, I, H, threads);
-      test_frozen(kernels.frozen_bf16, B, I, H, threads);
-      test_frozen(kernels.frozen_i8, B, I, H, threads);
+      test_packed(kernels.packed_f32, B, I, H, threads);
+      test_packed(kernels.packed_bf16, B, I, H, threads);
+      test_packed(kernels.packed_i8, B, I, H, threads);
+      test_masked(kernels.f32, kernels.packed_f32, B, H, threads);
+      test_masked(kernels.f64, {}, B, H, threads);
     }
-  test<double>(kernels.f64, 600, 9, 130, 1);                           // more than one stretch of the batch
-  for (int64_t B : {3, 7}) test<float>(kernels.f32, B, 4100, 260, 2);  // far weights
-  for (int64_t B : {7, 20})
-    test<float>(kernels.f32, B, 2, 1030, 2);  // and all of a row near; beside panels
-  for (int64_t B : {1, 2, 3, 7}) test_frozen(kernels.frozen_f32, B, 1600, 520, 2);  // far weights
+  test<double>(kernels.f64, 600, 9, 130, 1);                           // more than one part of the batch
+  for (int64_t B : {3, 7}) test<float>(kernels.f32, B, 4100, 260, 2);  // weights that stream from DRAM
+  for (int64_t B : {7, 20}) test<float>(kernels.f32, B, 2, 1030, 2);   // and a row fits L1; beside panels
+  for (int64_t B : {1, 2, 3, 7})
+    test_packed(kernels.packed_f32, B, 1600, 520, 2);  // weights that stream from DRAM
   for (int64_t H = 1; H < 36; H++)
     for (int given = 0; given < 64; given++) {
       test_tangents(kernels.tangents_f32, 3, H, 2, given);
       test_tangents(kernels.tangents_f64, 3, H, 2, given);
     }
   for (int64_t H = 1; H < 20; H++)  // every width of the last block
-    test_frozen(kernels.frozen_f32, 5, 3, H, 1);
-  printf("%s: %d failures\n", kernels.name, failures);
+    test_packed(kernels.packed_f32, 5, 3, H, 1);
+  return kernels.name;
+}
+#endif
+
+int main() {
+  const char* const name = test_all();
+  printf("%s: %d failures\n", name, failures);
   return failures != 0;
 }

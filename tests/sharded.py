@@ -54,7 +54,7 @@ def main() -> None:
         torch.manual_seed(0)
         plain = nn.LSTMCell(I, H).double()
         results = []
-        for cell in (plain, lstmfused.fuse(copy.deepcopy(plain))):
+        for cell in (plain, lstmfused.fuse_(copy.deepcopy(plain))):
             results.append(run(distribute_module(cell, mesh), mesh, rows, shard, state))
         (wanted, where), (found, ours) = results
         for actual, want in zip(found, wanted, strict=True):

@@ -1,5 +1,6 @@
-// A GPU on the host, as far as csrc/cuda/device.h asks for one: what that header has of intrinsics and of
-// PTX is here in C++, with -DLSTMFUSED_SIMT='"simt.h"', so that the kernels' own source runs without CUDA.
+// A GPU on the host, as far as csrc/cuda/kernels/device.h asks for one: what that header has of intrinsics
+// and of PTX is here in C++, with -DLSTMFUSED_SIMT='"simt.h"', so that the kernels' own source runs without
+// CUDA.
 //
 // A thread is a fiber with a stack of its own. The blocks run one after another; of a block, each fiber
 // runs until it waits for others. What is undefined on a GPU is made to show: shared memory begins as NaN,
@@ -390,7 +391,7 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t bytes, const std::func
 }  // namespace simt
 
 // ---------------------------------------------------------------------------------------------------
-// csrc/cuda/device.h, whose comments hold here
+// csrc/cuda/kernels/device.h, whose comments hold here
 
 #define LSTMFUSED_DEVICE static inline __attribute__((unused))
 #define LSTMFUSED_BOTH LSTMFUSED_DEVICE

@@ -184,7 +184,7 @@ def test_operators_are_what_their_schemas_say(dtype: torch.dtype) -> None:
         torch.library.opcheck(ops.lstm_cell_forward.default, tuple(arguments))
         *_, gates = ops.lstm_cell_forward(*arguments)
         grads = random_like(arguments.h), random_like(arguments.c)  # type: ignore[arg-type]
-        for op in (ops.lstm_cell_backward.default, ops.lstm_cell_backward_.default):
+        for op in (ops.lstm_cell_backward.default, ops.lstm_cell_backward_reuse_gates.default):
             torch.library.opcheck(op, (*grads, gates, *arguments[:5], [True] * 7))
     with FakeTensorMode() as mode:
         h, c = cell(arguments.map(mode.from_tensor))

@@ -70,7 +70,7 @@ def path(device: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 every_path = pytest.mark.parametrize(
-    "path", ["few_rows", "tensor_cores", "warpgroups", "products"], indirect=True
+    "path", ["small_batch", "tensor_cores", "warpgroups", "products"], indirect=True
 )
 
 

@@ -1,4 +1,4 @@
-"""The machine code of csrc/cuda/kernels.cu, read without a device: registers, spills, instructions.
+"""The machine code of csrc/cuda/kernels, read without a device: registers, spills, instructions.
 
 `python tests/test_cuda_code.py` writes cuda_registers.json anew.
 """
@@ -25,7 +25,7 @@ import pytest
 pytestmark = pytest.mark.kernels
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
+SOURCE = ROOT / "csrc" / "cuda" / "kernels" / "kernels.cu"
 BUDGET = Path(__file__).with_name("cuda_registers.json")
 BUILT = runpy.run_path(str(SOURCE.with_name("nvcc.py")))
 ARCHITECTURES: list[str] = BUILT["ARCHITECTURES"]
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
 class Compiled(NamedTuple):
     cubin: Path
-    kernels: dict[str, Kernel]  # by name, as in few_rows<float, 8, 4>
+    kernels: dict[str, Kernel]  # by name, as in small_batch<float, 8, 4>
 
 
 def find(tool: str) -> str | None:
@@ -61,7 +61,7 @@ def run(*command: str | Path) -> str:
 
 @functools.cache
 def short_name(mangled: str) -> str:
-    """few_rows<float, 8, 4>: without namespaces, parameters and casts."""
+    """small_batch<float, 8, 4>: without namespaces, parameters and casts."""
     name = run("c++filt", mangled).strip()
     name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w*::|\blstmfused::|\bcuda::", "", name)
     name = re.sub(r"\((int|unsigned int|long|bool|\w+::\w+)\)(?=\d|-)", "", name)
@@ -190,9 +190,9 @@ WANTED = {
     r"tensor_cores<float16": [r"HMMA\.16816\.F32$"],
     r"tensor_cores<float,": [r"HMMA\.1688\.F32\.TF32"],
     # weights in vectors that leave the first-level cache alone
-    r"few_rows<\w+, \d+, [248]>": [rf"{VECTOR_LOAD}", r"LDG\.E\.(\w+\.)*NA"],
+    r"small_batch<\w+, \d+, [248]>": [rf"{VECTOR_LOAD}", r"LDG\.E\.(\w+\.)*NA"],
     # and their gradients stored in vectors
-    r"few_rows_products<\w+, [248]>": [VECTOR_LOAD, VECTOR_STORE],
+    r"small_batch_products<\w+, [248]>": [VECTOR_LOAD, VECTOR_STORE],
     # four elements of a row at a time, of half types 8 bytes
     r"(finish_rows|gate_gradients_kernel)<float, 4>": [VECTOR_LOAD, VECTOR_STORE],
     r"(finish_rows|gate_gradients_kernel)<b?float16, 4>": [r"LDG\.E(\.\w+)*\.64", r"STG\.E\.64"],

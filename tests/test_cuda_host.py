@@ -35,7 +35,7 @@ def test_architectures_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_"]
+    "op", ["lstm_cell", "lstm_cell_forward", "lstm_cell_backward", "lstm_cell_backward_reuse_gates"]
 )
 def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     found = torch._C._dispatch_has_kernel_for_dispatch_key(f"lstmfused::{op}", "CUDA")
@@ -52,7 +52,7 @@ needs_cuda_build = pytest.mark.skipif(
 @needs_cuda_build
 def test_the_paths_chosen_are_those_that_were_measured_as_fastest() -> None:
     """Of every path at every size of the grid: forward within 13%, a training step within 15%."""
-    hopper, paths = (90, 132, 227 << 10), ("few_rows", "tensor_cores", "warpgroups", "products")
+    hopper, paths = (90, 132, 227 << 10), ("small_batch", "tensor_cores", "warpgroups", "products")
     found = record.load(MEASURED)["crossovers"]
     assert len(found) > 200
     for entry in found:
@@ -79,10 +79,10 @@ def test_paths_on_other_devices() -> None:
             (False, True),
         ):
             forward, backward = _C.cuda_paths_on(capability, 100, shared, dtype, B, H, H, tf32)
-            assert forward != "warpgroups" and backward in ("few_rows", "products")
+            assert forward != "warpgroups" and backward in ("small_batch", "products")
             half = dtype in (torch.bfloat16, torch.float16)
             if capability < 80 or not (half or (tf32 and dtype == torch.float32)):
-                assert forward == "few_rows" if half else forward in ("few_rows", "products")
+                assert forward == "small_batch" if half else forward in ("small_batch", "products")
 
 
 def describe(tensors: Any) -> list[tuple[Any, ...]]:

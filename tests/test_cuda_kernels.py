@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.h"))
+KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.h"))
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -64,7 +64,7 @@ def run_copy(copy: Path, without: tuple[str, int] | None) -> subprocess.Complete
         shutil.copy(ROOT / "tests" / name, copy / "tests")
     if without:
         name, number = without
-        path = copy / "csrc" / "cuda" / name
+        path = copy / "csrc" / "cuda" / "kernels" / name
         lines = path.read_text().splitlines(keepends=True)
         lines[number - 1], count = STATEMENT.subn(";", lines[number - 1])
         assert count == 1
@@ -76,7 +76,7 @@ def run_copy(copy: Path, without: tuple[str, int] | None) -> subprocess.Complete
 
 def test_statements_are_found() -> None:
     found = [
-        (ROOT / "csrc" / "cuda" / name).read_text().splitlines()[number - 1]
+        (ROOT / "csrc" / "cuda" / "kernels" / name).read_text().splitlines()[number - 1]
         for name, number in STATEMENTS.values()
     ]
     assert any("__syncthreads" in line for line in found)

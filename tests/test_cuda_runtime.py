@@ -99,7 +99,7 @@ def test_modules_move(device: str) -> None:
     there = arguments.map(lambda t: t.to(device))
     expected = plain(arguments.input, arguments.hx)
     model = nn.ModuleDict({"cell": copy.deepcopy(plain)})
-    fused = lstmfused.fuse(model).to(device)["cell"]
+    fused = lstmfused.fuse_(model).to(device)["cell"]
     assert isinstance(fused, lstmfused.LSTMCell)
     loaded = lstmfused.LSTMCell(10, 20, device=device)
     loaded.load_state_dict(plain.state_dict())

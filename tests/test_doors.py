@@ -63,7 +63,7 @@ class Once(nn.Module):
 def pair(make: Callable[[], nn.Module]) -> tuple[Any, Any]:
     """A model of torch's cells, and a fused one of the same weights."""
     plain = make()
-    return plain, lstmfused.fuse(copy.deepcopy(plain))
+    return plain, lstmfused.fuse_(copy.deepcopy(plain))
 
 
 def inputs(rows: int | None = B, state: bool = True) -> tuple[Any, ...]:
@@ -118,7 +118,7 @@ def test_symbolic_trace_of_one_step(state: bool) -> None:
             check(traced(*given, *(() if state else (None,))), plain, given, rows)
 
 
-def test_symbolic_trace_of_the_function_and_of_a_frozen_cell() -> None:
+def test_symbolic_trace_of_the_function_and_of_a_packed_cell() -> None:
     arguments = random_arguments(B, I, H)
     traced = fx.symbolic_trace(lambda x, hx, w, v: lstm_cell(x, hx, w, v)[0])
     assert targets(traced.graph) == [STEP]
@@ -126,10 +126,10 @@ def test_symbolic_trace_of_the_function_and_of_a_frozen_cell() -> None:
     assert torch.equal(traced(*given), lstm_cell(*given)[0])
     cell = lstmfused.LSTMCell(I, H)  # a model of its own
     assert all(map(torch.equal, fx.symbolic_trace(cell)(*inputs()), cell(*inputs())))
-    frozen = lstmfused.freeze(Once())
-    traced = fx.symbolic_trace(frozen)
-    assert targets(traced.graph) == [torch.ops.lstmfused.lstm_cell_frozen]
-    for found, want in zip(traced(*inputs()), frozen(*inputs()), strict=True):
+    packed = lstmfused.pack(Once())
+    traced = fx.symbolic_trace(packed)
+    assert targets(traced.graph) == [torch.ops.lstmfused.lstm_cell_packed]
+    for found, want in zip(traced(*inputs()), packed(*inputs()), strict=True):
         assert torch.equal(found, want)
 
 
@@ -215,7 +215,7 @@ def test_script_of_functions_and_of_a_traced_model() -> None:
     _, fused = pair(Loop)
     x = torch.randn(B, STEPS, I)
     assert torch.equal(torch.jit.script(fx.symbolic_trace(fused))(x), fused(x))
-    packed = lstmfused.freeze(Once())
+    packed = lstmfused.pack(Once())
     for found, want in zip(torch.jit.script(packed)(*inputs()), packed(*inputs()), strict=True):
         assert torch.equal(found, want)
 
@@ -260,7 +260,7 @@ def flops(run: Callable[[], Any]) -> int:
 def test_flops(rows: int | None, state: bool, wanted: str) -> None:
     """Forward and backward, for whichever gradients are wanted."""
     for plain in (nn.LSTMCell(I, H), nn.LSTMCell(I, H, bias=False)):
-        fused = lstmfused.fuse(copy.deepcopy(plain))
+        fused = lstmfused.fuse_(copy.deepcopy(plain))
         counts = []
         for cell in (plain, fused):
             cell.requires_grad_(wanted in ("everything", "weights"))
@@ -284,10 +284,10 @@ def test_flops(rows: int | None, state: bool, wanted: str) -> None:
         assert rows == 0 or min(counts[0][:2]) > 0
 
 
-def test_flops_of_a_frozen_cell() -> None:
+def test_flops_of_a_packed_cell() -> None:
     cell, x = nn.LSTMCell(I, H), torch.randn(B, I)
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        small = lstmfused.freeze(cell, dtype)
+        small = lstmfused.pack(cell, dtype)
         assert flops(partial(small, x)) == flops(partial(cell, x)) > 0
 
 

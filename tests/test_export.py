@@ -61,7 +61,7 @@ class Model(NamedTuple):
     def fused(self) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return lstmfused.fuse(self.plain().eval())
+            return lstmfused.fuse_(self.plain().eval())
 
     def program(self, module: nn.Module) -> torch.export.ExportedProgram:
         return torch.export.export(
@@ -70,7 +70,7 @@ class Model(NamedTuple):
 
     def check(self, run: Callable[..., Any], module: nn.Module) -> None:
         """What `run` computes, twice at each batch, is what torch's cells compute in float64."""
-        wide = lstmfused.unfuse(copy.deepcopy(module)).double()
+        wide = lstmfused.unfuse_(copy.deepcopy(module)).double()
         for B in BATCHES * 2:
             inputs = self.inputs(B)
             expected = tree_leaves(wide(*tree_map(Tensor.double, inputs)))
@@ -194,7 +194,7 @@ def test_onnx(model: Model, export: Callable[..., None], fused: bool, tmp_path: 
         pytest.importorskip("onnxscript")
     module, path = model.fused(), tmp_path / "model.onnx"
     if not fused:
-        module = lstmfused.unfuse(module)
+        module = lstmfused.unfuse_(module)
         assert not any(isinstance(m, lstmfused.LSTMCell) for m in module.modules())
     export(model, module, path)
     model.check(runtime(path), module)
@@ -248,7 +248,7 @@ def test_core_aten(model: Model) -> None:
     core = program.run_decompositions(lstmfused.decompositions())
     called = {n.target for n in core.graph.nodes if n.op == "call_function"} - {operator.getitem}
     assert not [op for op in called if torch.Tag.core not in op.tags]
-    plain = model.program(lstmfused.unfuse(copy.deepcopy(module))).run_decompositions()
+    plain = model.program(lstmfused.unfuse_(copy.deepcopy(module))).run_decompositions()
     assert called <= {n.target for n in plain.graph.nodes}
     model.check(core.module(), module)
     assert STEP in {n.target for n in program.run_decompositions().graph.nodes}

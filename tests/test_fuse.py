@@ -1,4 +1,4 @@
-"""fuse and unfuse: the swap of the cells of a model in place."""
+"""fuse_ and unfuse_: the swap of the cells of a model in place."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstmfused
-from lstmfused import fuse, unfuse
+from lstmfused import fuse_, unfuse_
 
 I, H = 10, 20
 
@@ -52,7 +52,7 @@ def test_model_there_and_back() -> None:
     parameters = dict(model.named_parameters())
     x = torch.randn(5, I)
     expected = model(x)
-    assert fuse(model) is model
+    assert fuse_(model) is model
     assert nn.LSTMCell not in types(model)
     assert types(model).count(lstmfused.LSTMCell) == 2
     assert model.layers[0] is model.layers[2] is model.shared
@@ -60,12 +60,12 @@ def test_model_there_and_back() -> None:
     found = dict(model.named_parameters())
     assert found.keys() == parameters.keys()
     assert all(found[name] is parameters[name] for name in found)
-    assert unfuse(model) is model
+    assert unfuse_(model) is model
     assert types(model) == before
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("swap", [fuse, unfuse])
+@pytest.mark.parametrize("swap", [fuse_, unfuse_])
 def test_twice_is_once(swap: Callable[[nn.Module], nn.Module]) -> None:
     model = swap(Decoder())
     once = types(model)
@@ -75,11 +75,11 @@ def test_twice_is_once(swap: Callable[[nn.Module], nn.Module]) -> None:
 def test_cell_itself() -> None:
     cell = nn.LSTMCell(I, H)
     weight = cell.weight_ih
-    fused = fuse(cell)
+    fused = fuse_(cell)
     assert type(fused) is lstmfused.LSTMCell
     assert fused.weight_ih is weight
     assert fused.initial_state(3)[0].shape == (3, H)
-    assert type(unfuse(fused)) is nn.LSTMCell
+    assert type(unfuse_(fused)) is nn.LSTMCell
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def check_swap(cell: nn.Module) -> None:
     want = cell(x)
     wanted = torch.autograd.grad(torch.cat(want).square().sum(), parameters)
     assert not runs_fused(cell)
-    assert fuse(cell) is cell
+    assert fuse_(cell) is cell
     assert isinstance(cell, lstmfused.LSTMCell) and isinstance(cell, before.__bases__)
     assert type(cell).__name__ == before.__name__
     assert runs_fused(cell)
@@ -134,7 +134,7 @@ def check_swap(cell: nn.Module) -> None:
     gradients = torch.autograd.grad(torch.cat(found).square().sum(), parameters)
     for actual, expected in zip(gradients, wanted, strict=True):
         assert (actual - expected).abs().max() <= 1e-5
-    assert unfuse(cell) is cell
+    assert unfuse_(cell) is cell
     assert not runs_fused(cell)
     assert all(map(torch.equal, cell(x), want))
 
@@ -152,15 +152,15 @@ def test_parametrized(kind: type[nn.LSTMCell], of: Callable[..., nn.Module]) -> 
     cell = of(kind(I, H), "weight_hh")
     check_swap(cell)
     assert not isinstance(cell, lstmfused.LSTMCell)
-    other = copy.deepcopy(fuse(cell))
-    unfuse(cell)
+    other = copy.deepcopy(fuse_(cell))
+    unfuse_(cell)
     assert runs_fused(other) and not runs_fused(cell)  # each has its own class
 
 
 @PARAMETRIZATIONS
 def test_parametrizations_come_and_go(of: Callable[..., nn.Module]) -> None:
     """torch's own bookkeeping still finds what it put into the class."""
-    cell: Any = fuse(of(nn.LSTMCell(I, H), "weight_hh").eval())  # no power iteration goes on
+    cell: Any = fuse_(of(nn.LSTMCell(I, H), "weight_hh").eval())  # no power iteration goes on
     weight = cell.weight_hh.detach()
     of(cell, "weight_ih")
     assert parametrize.type_before_parametrizations(cell) is lstmfused.LSTMCell
@@ -168,26 +168,26 @@ def test_parametrizations_come_and_go(of: Callable[..., nn.Module]) -> None:
         parametrize.remove_parametrizations(cell, name)
     assert type(cell) is lstmfused.LSTMCell
     assert (cell.weight_hh - weight).abs().max() <= 1e-6
-    assert type(unfuse(cell)) is nn.LSTMCell
+    assert type(unfuse_(cell)) is nn.LSTMCell
 
 
 def test_subclasses_without_a_forward() -> None:
     one, two = Named(I, H), Named(I, H)
     check_swap(one)
     assert type(one) is Named
-    fuse(nn.ModuleList([one, two]))
+    fuse_(nn.ModuleList([one, two]))
     assert isinstance(one, Named) and type(one) is type(two)
     assert one.describe() == f"{I}, {H}!"
     x = torch.randn(3, I)
     for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
         assert type(other) is type(one)
         assert all(map(torch.equal, other(x), one(x)))
-        assert type(unfuse(other)) is Named
+        assert type(unfuse_(other)) is Named
     ours = OurNamed(I, H)
-    assert type(fuse(ours)) is OurNamed and runs_fused(ours)
-    assert not runs_fused(unfuse(ours)) and isinstance(ours, OurNamed)
+    assert type(fuse_(ours)) is OurNamed and runs_fused(ours)
+    assert not runs_fused(unfuse_(ours)) and isinstance(ours, OurNamed)
     assert not runs_fused(copy.deepcopy(ours))
-    assert type(fuse(ours)) is OurNamed and runs_fused(ours)
+    assert type(fuse_(ours)) is OurNamed and runs_fused(ours)
 
 
 FULLY_SHARDED = """
@@ -195,7 +195,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from test_fuse import Named, runs_fused
-from lstmfused import fuse, unfuse
+from lstmfused import fuse_, unfuse_
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = dist.init_device_mesh("cpu", (1,))
@@ -205,14 +205,14 @@ for kind in (nn.LSTMCell, Named):
     fully_shard(model[0], mesh=mesh)
     want = model[0](x)
     before = type(model[0])
-    fuse(model)
+    fuse_(model)
     assert isinstance(model[0], FSDPModule) and isinstance(model[0], kind), type(model[0])
     assert runs_fused(model[0])
     for actual, expected in zip(model[0](x), want, strict=True):
         torch.testing.assert_close(actual, expected)
     torch.cat(model[0](x)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    unfuse(model)
+    unfuse_(model)
     assert type(model[0]).__mro__[1:] == before.__mro__[1:] and not runs_fused(model[0])
 dist.destroy_process_group()
 print("swapped")
@@ -232,12 +232,12 @@ def test_subclasses_with_a_forward_are_left_alone() -> None:
     with pytest.warns(
         UserWarning, match=r"^left alone: 0 \(OwnForward has a forward of its own\)$"
     ):
-        fuse(model)
+        fuse_(model)
     assert types(model)[1:] == [OwnForward, lstmfused.LSTMCell]
-    assert types(unfuse(model))[1:] == [OwnForward, nn.LSTMCell]
+    assert types(unfuse_(model))[1:] == [OwnForward, nn.LSTMCell]
     own = OwnForward(I, H)
     with pytest.warns(UserWarning, match="left alone: the model"):
-        assert fuse(own) is own
+        assert fuse_(own) is own
 
 
 def test_our_subclasses_with_a_forward_are_left_alone() -> None:
@@ -246,17 +246,17 @@ def test_our_subclasses_with_a_forward_are_left_alone() -> None:
             return super().forward(2 * input, hx)
 
     model = nn.ModuleList([Doubled(I, H)])
-    assert types(fuse(model))[1:] == [Doubled]
+    assert types(fuse_(model))[1:] == [Doubled]
     with pytest.warns(UserWarning, match="left alone: 0 .Doubled has a forward"):
-        assert types(unfuse(model))[1:] == [Doubled]
+        assert types(unfuse_(model))[1:] == [Doubled]
 
 
-@pytest.mark.parametrize("swap", [fuse, unfuse])
+@pytest.mark.parametrize("swap", [fuse_, unfuse_])
 def test_a_forward_of_the_instance_is_left_alone(swap: Callable[[nn.Module], nn.Module]) -> None:
     """Such as hooks of accelerate put there: it has the old one inside."""
     model: Any = nn.ModuleDict({"cell": nn.LSTMCell(I, H)})
-    if swap is unfuse:
-        fuse(model)
+    if swap is unfuse_:
+        fuse_(model)
     before, forward = type(model.cell), model.cell.forward
     model.cell.forward = lambda *given: tuple(2 * t for t in forward(*given))
     with pytest.warns(UserWarning, match="left alone: cell .its forward has been replaced"):
@@ -271,9 +271,9 @@ def test_a_forward_of_the_instance_is_left_alone(swap: Callable[[nn.Module], nn.
 def test_lazy() -> None:
     lazy = lstmfused.LazyLSTMCell(H)
     with pytest.warns(UserWarning, match="left alone: the model .it is lazy"):
-        unfuse(lazy)
+        unfuse_(lazy)
     lazy(torch.randn(3, I))
-    assert type(unfuse(lazy)) is nn.LSTMCell
+    assert type(unfuse_(lazy)) is nn.LSTMCell
 
 
 def test_everything_on_a_cell_is_kept() -> None:
@@ -285,7 +285,7 @@ def test_everything_on_a_cell_is_kept() -> None:
     cell.register_buffer("steps", torch.tensor(3))
     cell.note = "decoder"
     cell.weight_hh.requires_grad_(False)
-    assert fuse(model)[0].note == "decoder"
+    assert fuse_(model)[0].note == "decoder"
     assert not model[0].training
     assert not model[0].weight_hh.requires_grad
     assert model[0].steps == 3
@@ -298,7 +298,7 @@ def test_everything_on_a_cell_is_kept() -> None:
 def test_optimizer_goes_on() -> None:
     """An optimizer made before the swap trains the model after it, as if nothing had happened."""
     losses = []
-    for swap in (unfuse, fuse):
+    for swap in (unfuse_, fuse_):
         torch.manual_seed(5)
         model = Decoder().double()
         optimizer = torch.optim.Adam(model.parameters())

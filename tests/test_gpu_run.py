@@ -172,8 +172,8 @@ tests/test_cuda.py::test_parity[float32-a b] PASSED                      [ 25%]
 tests/test_cuda.py::test_hangs
 """
     assert gpu_run.outcomes(cut)["counts"] == {"PASSED": 2, "FAILED": 1}
-    line = '{"dtype": "float32", "path": "few_rows", "error": "WrongResult: off"}'
-    right = '{"dtype": "float32", "path": "few_rows", "error": null}'
+    line = '{"dtype": "float32", "path": "small_batch", "error": "WrongResult: off"}'
+    right = '{"dtype": "float32", "path": "small_batch", "error": null}'
     found = gpu_run.exercised(f"a warning\n{line}\n{right}\n")
     assert found == {"counts": {"checked": 2}, "wrong": [line]}
 

@@ -88,7 +88,7 @@ def test_traced_gradients_are_differentiated(mode: Any) -> None:
     graph = make_fx(penalty(lstmfused.LSTMCell), tracing_mode=mode)(trainable(parameters(1)), x)
     names = {str(node.target) for node in graph.graph.nodes}
     assert "lstmfused.lstm_cell_backward.default" in names
-    assert "lstmfused.lstm_cell_backward_.default" not in names
+    assert "lstmfused.lstm_cell_backward_reuse_gates.default" not in names
     fresh = trainable(parameters())
     found = graph(fresh, x)
     expected = penalty(nn.LSTMCell, create_graph=True)(fresh, x)
@@ -120,7 +120,7 @@ def test_inner_operators_pass_gradcheck(use: str) -> None:
         return op(*(t if t is None else next(rest) for t in given), [True] * 7)
 
     present = [t for t in given if t is not None]
-    for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+    for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates):
         assert torch.autograd.gradcheck(partial(backward, op), present)
         assert torch.autograd.gradgradcheck(partial(backward, op), present)
     tangents = [torch.randn_like(t) for t in arguments.present()]
@@ -204,7 +204,7 @@ def test_jacobian_and_hessian(vectorize: bool) -> None:
             check_gradient("", actual, want, (function.__name__, vectorize))
 
 
-@pytest.mark.parametrize("name", ["lstm_cell_backward", "lstm_cell_backward_"])
+@pytest.mark.parametrize("name", ["lstm_cell_backward", "lstm_cell_backward_reuse_gates"])
 @pytest.mark.parametrize("weights", [True, False])
 def test_vmap_over_any_argument_of_backward(name: str, weights: bool) -> None:
     V = 3

@@ -76,16 +76,16 @@ def test_gradients_are_right() -> None:
 
 
 @pytest.mark.parametrize(("I", "H"), SHAPES)
-def test_frozen_cells_always_are(I: int, H: int) -> None:
+def test_packed_cells_always_are(I: int, H: int) -> None:
     lstmfused.set_batch_invariant(False)
-    frozen = lstmfused.freeze(lstmfused.LSTMCell(I, H))
+    packed = lstmfused.pack(lstmfused.LSTMCell(I, H))
     x, h, c, *_ = random_arguments(max(BATCHES), I, H)
     assert h is not None
     assert c is not None
     with torch.no_grad():
-        whole = frozen(x, (h, c))
+        whole = packed(x, (h, c))
         for batch in BATCHES:
-            for every, some in zip(whole, frozen(x[:batch], (h[:batch], c[:batch])), strict=True):
+            for every, some in zip(whole, packed(x[:batch], (h[:batch], c[:batch])), strict=True):
                 assert torch.equal(every[:batch], some), batch
 
 

@@ -59,7 +59,7 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
         given = backward_arguments(B, dtype)
         for mask in ([True] * 7, [False] * 7, [True, False, True, False, True, False, True]):
             for grads in (given[:2], [None, given[1]], [given[0], None]):
-                for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+                for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates):
                     torch.library.opcheck(op.default, (*grads, *given[2:], mask))
 
 
@@ -121,15 +121,15 @@ def test_modes_and_subclasses_see_the_operator(name: str) -> None:
         assert torch.equal(actual, want)
 
 
-def test_modes_and_subclasses_see_the_frozen_operator() -> None:
+def test_modes_and_subclasses_see_the_packed_operator() -> None:
     arguments = random_arguments(3, I, H)
     x, state = arguments.input, (arguments.h, arguments.c)
-    frozen = lstmfused.FrozenLSTMCell(lstmfused.LSTMCell(I, H))
-    expected = frozen(x, state)
+    packed = lstmfused.PackedLSTMCell(lstmfused.LSTMCell(I, H))
+    expected = packed(x, state)
     with Seen() as seen:
-        assert all(map(torch.equal, frozen(x, state), expected))
-    assert ops.lstm_cell_frozen in seen.calls
-    for actual, want in zip(frozen(x.as_subclass(Marked), state), expected, strict=True):
+        assert all(map(torch.equal, packed(x, state), expected))
+    assert ops.lstm_cell_packed in seen.calls
+    for actual, want in zip(packed(x.as_subclass(Marked), state), expected, strict=True):
         assert type(actual) is Marked
         assert torch.equal(actual, want)
 
@@ -153,7 +153,7 @@ def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
         meta = [t.to("meta") for t in given]
         for mask in ([True] * 7, [True, False, False, True, False, True, False], [False] * 7):
             real = ops.lstm_cell_backward(*given, mask)
-            for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+            for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates):
                 assert describe(op(*meta, mask)) == describe(real)
         real = ops.lstm_cell_forward(*random_arguments(B, I, H, dtype))
         fake = random_arguments(B, I, H, dtype).map(lambda t: t.to("meta"))

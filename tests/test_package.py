@@ -66,7 +66,7 @@ def test_build_with_cuda_but_no_nvcc(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not lstmfused._ops._C.cuda_architectures, reason="built without CUDA")
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvcc = runpy.run_path(str(SETUP.parent / "csrc" / "cuda" / "nvcc.py"))
+    nvcc = runpy.run_path(str(SETUP.parent / "csrc" / "cuda" / "kernels" / "nvcc.py"))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert set(nvcc["arch_list"](nvcc["find_nvcc"]()).split(";")) <= set(
         nvcc["ARCH_LIST"].split(";")

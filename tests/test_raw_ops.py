@@ -53,7 +53,7 @@ def backward(given: dict[str, Any], mask: list[bool] = ALL) -> list[Tensor]:
     """By both operators, of which one may use up the gates and nothing else."""
     copy: dict[str, Any] = {n: t if t is None else t.clone() for n, t in given.items()}
     found = list(ops.lstm_cell_backward(*given.values(), mask))
-    again = list(ops.lstm_cell_backward_(*copy.values(), mask))
+    again = list(ops.lstm_cell_backward_reuse_gates(*copy.values(), mask))
     assert all(map(torch.equal, again, found))
     for name in copy.keys() - {"gates"}:
         assert given[name] is None or torch.equal(copy[name], given[name]), name

@@ -155,12 +155,12 @@ def test_missed_targets_are_told_with_their_worst_rows_and_profiles() -> None:
 
 def test_crossovers() -> None:
     one: Json = {"dtype": "float32", "units": 512, "batch": 8, "path": "products"}
-    entries = [one | {"few_rows": 4.0, "products": 5.0}]
-    entries.append(one | {"units": 64, "path": "few_rows", "few_rows": 2.0})
+    entries = [one | {"small_batch": 4.0, "products": 5.0}]
+    entries.append(one | {"units": 64, "path": "small_batch", "small_batch": 2.0})
     (told,) = report.crossing(entries)
     small, large = told.splitlines()[-2:]
-    assert "| 64 " in small and "few_rows 2 µs |" in small
-    assert "| 512 " in large and "few_rows 4 µs !1.25 |" in large
+    assert "| 64 " in small and "small_batch 2 µs |" in small
+    assert "| 512 " in large and "small_batch 4 µs !1.25 |" in large
     assert "fastest path, float32" in report.summary(result(crossovers=entries, suite="run"))
 
 

@@ -180,8 +180,8 @@ def test_every_instruction_set(capability: str) -> None:
         "test_gradients.py::test_every_form",
         "test_gradients.py::test_large",
         "test_runtime.py::test_any_number_of_threads_gives_the_same_bits",
-        "test_frozen.py::test_every_size_and_batch",
-        "test_frozen.py::test_large",
+        "test_packed.py::test_every_size_and_batch",
+        "test_packed.py::test_large",
     ]
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:randomly")
     run_python(

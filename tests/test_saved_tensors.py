@@ -168,7 +168,7 @@ def test_operator_that_uses_up_the_gates_says_so() -> None:
     assert cx is not None
     used = gates.detach()
     before = used._version
-    ops.lstm_cell_backward_(
+    ops.lstm_cell_backward_reuse_gates(
         torch.ones_like(cx), None, used, x, hx, cx, weight_ih, weight_hh, [True] * 7
     )
     assert used._version == before + 1

@@ -69,7 +69,7 @@ def test_inner_operators(dtype: torch.dtype) -> None:
         torch.testing.assert_close(gates, activated_gates(arguments.double()).to(dtype))
         given = (random_like(next_h), None, gates, x, h, c, weight_ih, weight_hh)
         expected = gradients(cell, arguments, given[0], None).values()
-        for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_):
+        for op in (ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates):
             for mask in ([True] * 7, [True] * 3 + [False] * 4, [False] * 3 + [True] * 4):
                 copies = [t if t is None else t.clone() for t in given]
                 for found, want, wanted in zip(op(*copies, mask), expected, mask, strict=True):
@@ -77,7 +77,7 @@ def test_inner_operators(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_frozen(weight_dtype: torch.dtype) -> None:
+def test_packed(weight_dtype: torch.dtype) -> None:
     """Weights of powers of two are the same in every dtype."""
     for B, I, H in SHAPES:
         stock = nn.LSTMCell(I, H)
@@ -86,9 +86,9 @@ def test_frozen(weight_dtype: torch.dtype) -> None:
                 p.copy_(torch.where(p > 0, 0.125, -0.125))
             h = c = torch.ones(B, H)
             x = torch.ones(B, I)
-            frozen = lstmfused.FrozenLSTMCell(stock, weight_dtype)
+            packed = lstmfused.PackedLSTMCell(stock, weight_dtype)
             for given in ((x, (h, c)), (x,)):
-                for actual, want in zip(frozen(*given), stock(*given), strict=True):
+                for actual, want in zip(packed(*given), stock(*given), strict=True):
                     torch.testing.assert_close(actual, want)
 
 

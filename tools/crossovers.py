@@ -26,7 +26,7 @@ from benchmarks.timing import ROUNDS, by_turns, replayed
 from lstmfused._ops import _C
 
 SECONDS = 0.02  # of sampling for a cell
-BACKWARD = ("few_rows", "products")
+BACKWARD = ("small_batch", "products")
 BACKWARD_BATCH = 256  # the largest
 _c: Any = _C
 

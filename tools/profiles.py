@@ -34,7 +34,7 @@ PARTS = {
     "new pages": r"^\[",  # the system: it is asked for little else
     "waiting for threads": r"^libgomp",
     "transposing": r"^_C\S* .*transpose",
-    "products": r"^_C\S* .*(panel|_tile|dot_piece|dot_far|Product|frozen_(block|streams))",
+    "products": r"^_C\S* .*(panel|_tile|dot_block|run_dots|Product|packed_(block|streams))",
     "activations": r"^_C\S* .*(finish|forward_dot|gate_gradients|bias_gradient)",
     "allocator": r"^libc\.",
     "Python": r"^(libpython|python)",

@@ -8,7 +8,7 @@
 namespace lstmfused {
 namespace cuda {
 
-// few_rows, tensor_cores, warpgroups or products, where these can serve; an empty name lets each problem
+// small_batch, tensor_cores, warpgroups or products, where these can serve; an empty name lets each problem
 // choose.
 void set_path(const std::string& name);
 // What is chosen on the current device, forward.

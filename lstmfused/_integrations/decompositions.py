@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._ops import _C
-from ..frozen import unpacked
+from ..modules.packed import unpacked
 
 __all__ = ["decompositions", "register"]
 
@@ -26,7 +26,7 @@ def lstm_cell(
     return h.to(input.dtype), c.to(cx.dtype)
 
 
-def lstm_cell_frozen(
+def lstm_cell_packed(
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -35,8 +35,9 @@ def lstm_cell_frozen(
     scale: Tensor | None,
     input_size: int,
     hidden_size: int,
+    format: int,
 ) -> tuple[Tensor, Tensor]:
-    _C.check_lstm_cell_frozen(input, hx, cx, weight, bias, scale, input_size, hidden_size)
+    _C.check_lstm_cell_packed(input, hx, cx, weight, bias, scale, input_size, hidden_size, format)
     rows = unpacked(weight, hidden_size).float()
     if scale is not None:
         rows = rows * unpacked(scale, hidden_size)
@@ -49,7 +50,7 @@ def lstm_cell_frozen(
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """Torch's default decompositions, :func:`torch.export.default_decompositions`, and those of the
-    step and of a frozen cell's: a table for ``ExportedProgram.run_decompositions`` that leaves
+    step and of a packed cell's: a table for ``ExportedProgram.run_decompositions`` that leaves
     nothing but core ATen.
 
     Without it a program keeps the fused operator, which ``torch.compile`` and AOTInductor want and
@@ -62,11 +63,11 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """
     table = torch.export.default_decompositions()
     table[torch.ops.lstmfused.lstm_cell.default] = lstm_cell
-    table[torch.ops.lstmfused.lstm_cell_frozen.default] = lstm_cell_frozen
+    table[torch.ops.lstmfused.lstm_cell_packed.default] = lstm_cell_packed
     return table
 
 
 def register(_: Any) -> None:
     """With the table that torch's ONNX exporter takes its decompositions from."""
     torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell)(lstm_cell)
-    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell_frozen)(lstm_cell_frozen)
+    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell_packed)(lstm_cell_packed)

@@ -71,7 +71,7 @@ def tangents(
     return count
 
 
-def frozen(
+def packed(
     input: Shape,
     hx: Any,
     cx: Any,
@@ -80,7 +80,8 @@ def frozen(
     scale: Any,
     input_size: int,
     hidden_size: int,
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return 2 * prod(input[:-1]) * 4 * hidden_size * (input_size + hidden_size)
 
@@ -89,10 +90,10 @@ def register(flop_counter: Any) -> None:
     """With :class:`torch.utils.flop_counter.FlopCounterMode`: two for each multiply-add."""
     ops, of = torch.ops.lstmfused, flop_counter.register_flop_formula
     of([ops.lstm_cell, ops.lstm_cell_forward])(step)
-    of([ops.lstm_cell_backward, ops.lstm_cell_backward_])(backward)
+    of([ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates])(backward)
     of(ops.lstm_cell_gradients)(gradients)
     of(ops.lstm_cell_tangents)(tangents)
-    of(ops.lstm_cell_frozen)(frozen)
+    of(ops.lstm_cell_packed)(packed)
 
 
 # Other counters take a multiply-add for one.

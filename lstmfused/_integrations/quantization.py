@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..convert import swapped_class
 from ..modules import LSTMCell
+from ..modules.convert import swapped_class
 
 __all__ = ["register"]
 

@@ -1,0 +1,117 @@
+// Where every step ends, of panels, dots and packed weights: sums become gates, c' and h'.
+#pragma once
+#include "../../cell_math.h"
+#include "../../lstm.h"
+#include "shuffle.h"
+#include "vec_math.h"
+
+namespace lstmfused {
+namespace LSTMFUSED_VARIANT {
+
+// How the vectors of a block of states lie: each is a row's units, or a unit's rows.
+enum class Along { kUnits, kRows };
+
+struct States {
+  int64_t row, rows, unit, units;  // rows from `row` on by units from `unit` on
+};
+
+// The sum of both biases of `gate`, for n units from u on.
+template <class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE Vec<A> sum_bias(const Forward<T>& p, int gate, int64_t u, int64_t n) {
+  Vec<A> sum{};
+  if (p.bias_ih) sum += load_upto(p.bias_ih + gate * p.H + u, n);
+  if (p.bias_hh) sum += load_upto(p.bias_hh + gate * p.H + u, n);
+  return sum;
+}
+
+// The sums of vector i, zero for the rows that are reset.
+template <Along along, class A>
+static Gates<Vec<A>> without_resets(const Gates<Vec<A>>& sum, const RowMask* mask, int64_t rows,
+                                    int64_t i) {
+  A kept[kLanes<A>] = {};
+  for (int64_t lane = 0; lane < kLanes<A>; lane++) {
+    const int64_t row = along == Along::kRows ? lane : i;
+    kept[lane] = row < rows && mask[row] != RowMask::kReset;
+  }
+  const auto select = [keep = load(kept) != 0](Vec<A> x) { return keep ? x : Vec<A>{}; };
+  return {select(sum.i), select(sum.f), select(sum.g), select(sum.o)};
+}
+
+// sums(i) and bias(i) are the Gates before activation of vector i, which is row i of the block or unit i.
+// At most Rows rows by a vector's length of units; along rows, Rows is a vector's length, too.
+template <Along along, int Rows, class T, class Sums, class Bias, class A = Accumulate<T>>
+LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States s, Sums&& sums, Bias&& bias) {
+  using Math = VectorMath<A>;
+  constexpr bool kTransposed = along == Along::kRows;
+  static_assert(!kTransposed || Rows == kLanes<A>, "a square block");
+  const RowMask* const mask = p.mask ? p.mask + s.row : nullptr;
+  const A* const starting_sums = p.starting_sums;
+  T* const out_gates = p.gates;
+
+  // Rows of units <-> the block's vectors
+  const auto load_rows = [&](Vec<A>* v, auto&& load_row) LSTMFUSED_INLINED {
+    for (int r = 0; r < (kTransposed ? Rows : s.rows); r++) v[r] = r < s.rows ? load_row(r) : Vec<A>{};
+    if constexpr (kTransposed) transpose<A>(v);
+  };
+  const auto store_rows = [&](Vec<A>* v, auto&& store_row) LSTMFUSED_INLINED {
+    if constexpr (kTransposed) transpose<A>(v);
+    for (int64_t r = 0; r < s.rows; r++) store_row(r, v[r]);
+  };
+  const auto cell_at = [&](int64_t r) { return (s.row + r) * p.cx_stride + s.unit; };
+  const auto out_at = [&](int64_t r) { return (s.row + r) * p.H + s.unit; };
+
+  Vec<A> c[Rows], h[Rows], gates[4][Rows];
+  load_rows(c, [&](int64_t r) LSTMFUSED_INLINED {
+    if (mask && mask[r] == RowMask::kReset) return Vec<A>{};
+    return load_cell(p.cx, cell_at(r), s.units, p.wide_cell);
+  });
+  const auto load_start = [&](int g, int64_t r) LSTMFUSED_INLINED {
+    return load_upto(starting_sums + (s.row + r) * p.starting_sums_stride + g * p.H + s.unit, s.units);
+  };
+  for (int g = 0; g < 4 && kTransposed && starting_sums; g++)
+    load_rows(gates[g], [&](int64_t r) LSTMFUSED_INLINED { return load_start(g, r); });
+  const auto start = [&](int g, int64_t i)
+                         LSTMFUSED_INLINED { return kTransposed ? gates[g][i] : load_start(g, i); };
+  const auto activated = [&](int64_t i) LSTMFUSED_INLINED {
+    Gates<Vec<A>> sum = sums(i);
+    if (mask) sum = without_resets<along, A>(sum, mask, s.rows, i);
+    const Gates<Vec<A>> b = bias(i);
+    sum = {sum.i + b.i, sum.f + b.f, sum.g + b.g, sum.o + b.o};
+    if (starting_sums)
+      sum = {sum.i + start(0, i), sum.f + start(1, i), sum.g + start(2, i), sum.o + start(3, i)};
+    return activate<Math>(sum);
+  };
+
+  // Two passes, so that more vectors are in flight at once.
+  const int64_t vectors = kTransposed ? s.units : s.rows;
+  for (int64_t i = 0; i < vectors; i++) {
+    const Gates<Vec<A>> gate = activated(i);
+    c[i] = next_cell(gate, c[i]);
+    h[i] = gate.o;
+    if (!out_gates) continue;
+    gates[0][i] = gate.i;
+    gates[1][i] = gate.f;
+    gates[2][i] = gate.g;
+    gates[3][i] = gate.o;
+  }
+  for (int64_t i = 0; i < vectors; i++) h[i] = next_hidden<Math>(Gates<Vec<A>>{{}, {}, {}, h[i]}, c[i]);
+  for (int64_t i = vectors; kTransposed && i < Rows; i++)
+    h[i] = gates[0][i] = gates[1][i] = gates[2][i] = gates[3][i] = Vec<A>{};
+
+  store_rows(c, [&](int64_t r, Vec<A> row) LSTMFUSED_INLINED {
+    if (mask && mask[r] == RowMask::kSkip) row = load_cell(p.cx, cell_at(r), s.units, p.wide_cell);
+    store_cell(p.c, out_at(r), row, s.units, p.wide_cell);
+  });
+  store_rows(h, [&](int64_t r, Vec<A> row) LSTMFUSED_INLINED {
+    if (mask && mask[r] == RowMask::kSkip)
+      row = load_upto(p.hx + (s.row + r) * p.hx_stride + s.unit, s.units);
+    store_upto(p.h + out_at(r), row, s.units);
+  });
+  for (int g = 0; g < 4 && out_gates; g++)
+    store_rows(gates[g], [&](int64_t r, Vec<A> row) LSTMFUSED_INLINED {
+      store_upto(out_gates + (4 * (s.row + r) + g) * p.H + s.unit, row, s.units);
+    });
+}
+
+}  // namespace LSTMFUSED_VARIANT
+}  // namespace lstmfused

@@ -1,0 +1,84 @@
+"""Shapes and dtypes of what the operators return, for tracing and compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .load import _C
+
+__all__: list[str] = []
+
+
+def _fake_step(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
+    shape = (*input.shape[:-1], weight_hh.shape[1])
+    cell = input.dtype if cx is None else cx.dtype
+    if _C.has_kernel(input.dtype, cell):
+        return input.new_empty(shape), input.new_empty(shape, dtype=cell)
+    # What torch's own cell makes of them.
+    state = [input.new_zeros(shape) if t is None else t for t in (hx, cx)]
+    x, h, c = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, *state))
+    h, c = torch._VF.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)
+    return h.view(shape), c.view(shape)
+
+
+def _fake_forward(
+    input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H = hx.shape
+    return input.new_empty(B, H), cx.new_empty(B, H), input.new_empty(B, 4 * H)
+
+
+def _fake_backward(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    gates: Tensor,
+    input: Tensor | None,
+    hx: Tensor | None,
+    cx: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    B, H = cx.shape
+    wide = input if input is not None else weight_ih
+    I = 0 if wide is None else wide.shape[1]
+    shapes = [(B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+    return tuple(
+        (cx if index == 2 else gates).new_empty(shape if wanted else (0,))
+        for index, (shape, wanted) in enumerate(zip(shapes, output_mask, strict=True))
+    )
+
+
+def _fake_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+) -> tuple[Tensor, Tensor]:
+    _C.check_lstm_cell_packed(input, hx, cx, weight, bias, scale, input_size, hidden_size, format)
+    shape = (*input.shape[:-1], hidden_size)
+    return input.new_empty(shape), input.new_empty(shape)
+
+
+torch.library.register_fake("lstmfused::lstm_cell", _fake_step)
+torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
+torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
+torch.library.register_fake("lstmfused::lstm_cell_backward_reuse_gates", _fake_backward)
+torch.library.register_fake("lstmfused::lstm_cell_packed", _fake_packed)
