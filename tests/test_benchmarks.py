@@ -25,6 +25,8 @@ from benchmarks.peers import PEERS, BatchInvariant, Compiled, Peer
 from benchmarks.problem import Bound, Problem, WrongResult, verify
 from benchmarks.record import Clock, Record, load
 from benchmarks.run import DeviceLost, Run
+from tools import crossovers, exercise
+from tools.gpu_run import exercised
 
 SMALL = Shape(3, 5)
 ABLE = [name for name, p in PEERS.items() if p.computes and not isinstance(p, Compiled)]
@@ -372,6 +374,79 @@ def test_on_a_gpu_nothing_wrong_ends_the_run_but_a_lost_device(
     assert [row["batch"] for row in load(gpu.record.path)["failed"]] == [2]
     gpu.course([first, second])
     assert len(gpu.record.data["rows"]) == 1
+
+
+PROPERTIES = {"device": "cuda", "processor": "A GPU", "cuda": "13"}
+
+
+@pytest.fixture
+def paths(gpu: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Of the extension: which path a step takes, and how it is forced along another."""
+    forced = [""]
+
+    def path(dtype: torch.dtype, B: int, I: int, H: int, tf32: bool) -> str:
+        half = dtype in (torch.bfloat16, torch.float16)
+        able = half or (tf32 and forced[0] == "tensor_cores") or forced[0] in ("", "small_batch")
+        return (forced[0] if able else "products") or "small_batch"
+
+    def force(name: str) -> None:
+        forced[0] = name
+
+    monkeypatch.setattr(crossovers, "_c", SimpleNamespace(cuda_path=path, set_cuda_path=force))
+    return gpu
+
+
+def test_a_run_on_a_gpu_is_shown(
+    gpu: Run, benchmarks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    roof = Roofline(dict.fromkeys(cases.DTYPES, 100.0), {0: 20.0, 2**20: 10.0})
+    monkeypatch.setattr(record, "gpu", lambda: PROPERTIES)
+    monkeypatch.setattr(limits, "of_gpu", lambda: roof)
+    found = benchmarks("--gpu", "--shapes=64:512", "--batches=32", "--revision=abc", "--budget=60")
+    assert (found["processor"], found["device"], found["revision"]) == ("A GPU", "cuda", "abc")
+    assert len(found["rows"]) == 5 * len(cases.GPU_DTYPES) and not found["failed"]
+    shown = capsys.readouterr().out
+    for said in ("64→512", "A GPU, ", "graph, B <= 32, H <= 512", "cold graph", "nn.LSTM, cuDNN"):
+        assert said in shown
+
+
+def test_crossovers(
+    paths: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(record, "gpu", lambda: PROPERTIES)
+    for name, some in (("GPU_DTYPES", ("float32", "bfloat16")), ("GPU_SQUARE", (Shape(8, 8),))):
+        monkeypatch.setattr(crossovers, name, some)
+    monkeypatch.setattr(crossovers, "GPU_BATCHES", (1, 300))
+    out = tmp_path / "crossovers.json"
+    monkeypatch.setattr(sys, "argv", ["crossovers", f"--out={out}", "--revision=abc"])
+    assert crossovers.main() == 0 and "fastest path, bfloat16" in capsys.readouterr().out
+    found = load(out)
+    single, half = {"small_batch", "products"}, set(crossovers.PATHS)
+    training = {"training small_batch", "training products"}
+    about = {"dtype", "units", "batch", "path"}
+    assert [set(row) - about for row in found["crossovers"]] == [
+        single | training, single, half | training, half
+    ]  # fmt: skip
+    again = ["crossovers", f"--resume={out}", "--revision=abc", "--budget=0"]
+    monkeypatch.setattr(sys, "argv", again)
+    assert crossovers.main() == 0 and load(out)["left_out"] == []
+
+
+@pytest.mark.parametrize("options", [[], ["--unchecked"]])
+def test_exercise(
+    paths: Run, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["exercise", *options])
+    assert exercise.main() == 0
+    found = exercised(capsys.readouterr().out)
+    assert found["counts"]["checked"] > 60 and not found["wrong"]
+
+    def off(*_: Any) -> None:
+        raise WrongResult("h is off")
+
+    monkeypatch.setattr(exercise, "verify", off)
+    assert exercise.main() == (not options)
+    assert bool(exercised(capsys.readouterr().out)["wrong"]) == (not options)
 
 
 def test_ceilings(gpu: Run, monkeypatch: pytest.MonkeyPatch) -> None:
