@@ -24,6 +24,7 @@ from benchmarks.limits import SIZES, Roofline
 from benchmarks.peers import PEERS, BatchInvariant, Compiled, Peer
 from benchmarks.problem import Bound, Problem, WrongResult, verify
 from benchmarks.record import Clock, Record, load
+from benchmarks.report import PATHS
 from benchmarks.run import DeviceLost, Run
 from tools import crossovers, exercise
 from tools.gpu_run import exercised
@@ -402,7 +403,7 @@ def test_a_run_on_a_gpu_is_shown(
     roof = Roofline(dict.fromkeys(cases.DTYPES, 100.0), {0: 20.0, 2**20: 10.0})
     monkeypatch.setattr(record, "gpu", lambda: PROPERTIES)
     monkeypatch.setattr(limits, "of_gpu", lambda: roof)
-    found = benchmarks("--gpu", "--shapes=64:512", "--batches=32", "--revision=abc", "--budget=60")
+    found = benchmarks("--gpu", "--shapes=64:512", "--batches=2", "--revision=abc", "--budget=60")
     assert (found["processor"], found["device"], found["revision"]) == ("A GPU", "cuda", "abc")
     assert len(found["rows"]) == 5 * len(cases.GPU_DTYPES) and not found["failed"]
     shown = capsys.readouterr().out
@@ -421,7 +422,7 @@ def test_crossovers(
     monkeypatch.setattr(sys, "argv", ["crossovers", f"--out={out}", "--revision=abc"])
     assert crossovers.main() == 0 and "fastest path, bfloat16" in capsys.readouterr().out
     found = load(out)
-    single, half = {"small_batch", "products"}, set(crossovers.PATHS)
+    single, half = {"small_batch", "products"}, set(PATHS)
     training = {"training small_batch", "training products"}
     about = {"dtype", "units", "batch", "path"}
     assert [set(row) - about for row in found["crossovers"]] == [
