@@ -73,9 +73,9 @@ class Case(NamedTuple):
         return {k: v for k, v in said.items() if k not in RARE or v != USUAL[k]}
 
     @classmethod
-    def of(cls, row: dict[str, Any], device: str = "cpu") -> Case:
+    def of(cls, row: dict[str, Any]) -> Case:
         known = {name: row[name] for name in COLUMNS[2:] if name in row}
-        return cls(Shape(row["input"], row["units"]), **known, device=device)
+        return cls(Shape(row["input"], row["units"]), **known)
 
     def tensors(self) -> Case:
         """The same for all cases of the same tensors."""

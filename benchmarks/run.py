@@ -129,6 +129,8 @@ class Run:
                     rows.append(case.columns() | found)
         if any(isinstance(peer, Compiled) and peer.name in bounds for peer in self.field):
             torch.compiler.reset()  # past its recompile limit it would give up
+        if cases[0].device == "cuda":
+            torch.cuda.empty_cache()
         return rows
 
     def amounts(self, case: Case, able: dict[Peer, Bound], seconds: float) -> Json:
