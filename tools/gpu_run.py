@@ -150,6 +150,7 @@ def pack() -> None:
     for file in ROOT.glob("build/temp*/kernels_*"):
         shutil.copy(file, CARRIED)
     (CARRIED / "digest").write_text(digest())
+    print(f"{len(list(CARRIED.iterdir())) - 1} files in {CARRIED.relative_to(ROOT)}")
 
 
 def unpack() -> None:
