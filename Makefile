@@ -2,15 +2,8 @@
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
-# What the README shows.
-RESULT ?= benchmarks/results/amd-epyc-20261126.json
-# Of python -m benchmarks --full, for its targets.
-FULL   ?= benchmarks/results/amd-epyc-20261126-full.json
-# Of python -m benchmarks.second_order.
-SECOND ?= benchmarks/results/second-order-intel-xeon-processor.json
 
 PY      := $(VENV)/bin/python
-REPORT  := $(PY) -m benchmarks.report $(RESULT) $(addprefix --full ,$(FULL)) $(addprefix --second ,$(SECOND))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
@@ -19,6 +12,7 @@ CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) b
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
+	$(PY) -m benchmarks --cliffs
 
 test: $(VENV)/built
 	$(PY) -m pytest -q
@@ -37,19 +31,18 @@ lint: $(VENV)/built
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
-	$(REPORT) --check
-	$(PY) -m benchmarks.gpu.page --check
+	$(PY) -m benchmarks.report --check
 
 format: $(VENV)/built
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-# The README's tables and picture: from the committed results, and of what torch can do with a cell.
+# The README's tables and picture and those of benchmarks/results: from the committed results, and of what
+# torch can do with a cell.
 readme: $(VENV)/built
-	$(REPORT) --readme README.md --plot benchmarks/results/speedup.png
-	$(PY) -m benchmarks.abilities --readme README.md
-	$(PY) -m benchmarks.gpu.page
+	$(PY) -m benchmarks.report
+	$(PY) -m tools.abilities --readme README.md
 
 clean:
 	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py

@@ -1,162 +1,167 @@
-"""python -m benchmarks: verifies every contestant, then times it; writes JSON, table, picture."""
+"""python -m benchmarks: verifies every peer, then times it; writes JSON, tables and a picture."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import full, machine, report, targets
-from .contestants import CONTESTANTS, FULL_CONTESTANTS, contestants
-from .plot import plot
-from .roofline import roofline
-from .rows import against, double_backward, overhead, row
-from .shapes import BATCHES, DTYPES, MODES, QUICK_BATCHES, QUICK_SHAPES, SHAPES, Shape, grid
-from .verify import WrongResult
+import lstmfused
 
-RESULTS = Path(__file__).with_name("results")
+from . import limits, record, report
+from .cases import AVX2, DTYPES, MODES, SHAPES, SUITES, Case, Shape
+from .checkout import Checkout
+from .cliffs import main as cliffs
+from .peers import PEERS, Peer, present
+from .problem import WrongResult
+from .record import ROOT, Clock, Json, Record
+from .run import LOST, DeviceLost, Run
+from .timing import CLOCKS
 
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+# As on a processor without AVX-512: torch's kernels and ours go by the first, oneDNN's and MKL's by
+# their own.
+ONLY_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in words(text))
+    return tuple(int(word) for word in text.split(","))
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
     known = {shape[:2]: shape for shape in SHAPES}
-    pairs = [tuple(map(int, word.split(":"))) for word in words(text)]
+    pairs = [tuple(map(int, word.split(":"))) for word in text.split(",")]
     return tuple(known.get((i, h), Shape(i, h)) for i, h in pairs)
 
 
-def among(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+def among(*choices: str) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
-        if unknown := set(words(text)) - set(choices):
+        if unknown := set(text.split(",")) - set(choices):
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {choices}")
-        return words(text)
+        return tuple(text.split(","))
 
     return parse
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compares one step of lstmfused.LSTMCell with its peers and with the limit of "
-        "this processor. Every contestant is first checked against a float64 reference.",
+        "this processor. Every peer is first checked against a float64 reference.",
         epilog="Without options: float32, all threads, the shapes and batch sizes of "
-        "benchmarks/shapes.py; under ten minutes on two cores. Lists are separated by "
-        "commas. torch.compile recompiles for every case, so unless --contestants asks for it, it "
-        "runs at each shape's own batch only; --full leaves it out.",
+        "benchmarks/cases.py, under ten minutes on two cores. Lists, separated by commas, take the "
+        "place of a suite's own.",
     )
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="a few shapes, under two minutes")
-    extent.add_argument(
-        "--full",
-        action="store_true",
-        help="all that the targets ask for, and whether they are reached: 45 minutes",
-    )
+    suite = parser.add_mutually_exclusive_group()
+    for name, of in list(SUITES.items())[1:]:
+        suite.add_argument(
+            f"--{name}", dest="suite", action="store_const", const=name, help=of.what
+        )
+    suite.add_argument("--cliffs", action="store_true", help="fails at what is unexpectedly slow")
     add = parser.add_argument
+    add("--against", type=Path, metavar="DIR", help="compare with another checkout, built there")
     add("--shapes", type=shapes, metavar="I:H,...", help="inputs and units: 512:128,64:64")
     add("--batches", type=numbers, metavar="B,...", help="batch sizes: 1,8,97")
-    add("--dtypes", type=among(DTYPES), metavar="D,...", help=", ".join(DTYPES))
-    add("--threads", type=numbers, metavar="N,...", help="thread counts: 1,2 (default: torch's)")
-    add("--modes", type=among(MODES), default=MODES, metavar="M,...", help=", ".join(MODES))
-    known = tuple(dict.fromkeys((*CONTESTANTS, *FULL_CONTESTANTS)))
-    add("--contestants", type=among(known), metavar="C,...", help=", ".join(known))
-    add("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/CPU-DATE.json")
-    add("--plot", type=Path, metavar="FILE.png", help="default: beside the JSON")
-    add("--seed", type=int, default=0, help="of the inputs, the weights and the order of turns")
+    add("--dtypes", type=among(*DTYPES), metavar="D,...", help=", ".join(DTYPES))
+    add("--threads", type=numbers, metavar="N,...", help="thread counts: 1,2 (0: torch's)")
+    add("--steps", type=numbers, metavar="T,...", help="lengths of sequences")
+    add("--modes", type=among(*MODES), metavar="M,...", help=", ".join(MODES))
+    add("--peers", type=among(*PEERS), metavar="P,...", help=", ".join(PEERS))
+    add("--out", type=Path, default=ROOT / "out", metavar="DIR|FILE.json", help="default: out")
+    add("--resume", type=Path, metavar="FILE.json", help="go on with the file of an earlier run")
     add("--budget", type=float, metavar="SECONDS", help="for the whole run, as far as possible")
-    add("--resume", type=Path, metavar="FILE.json", help="go on with the file of a --full run")
-    add("--capability", choices=("avx2",), help=argparse.SUPPRESS)  # of --full's own process
-    args = parser.parse_args()
-    if args.resume and not args.full:
-        parser.error("--resume goes with --full")
-
-    every = (torch.get_num_threads(),)
-    args.everywhere = args.contestants is not None
-    if args.full:
-        args.dtypes = args.dtypes or DTYPES
-        args.threads = args.threads or tuple(sorted({1, *every}))
-        args.contestants = args.contestants or FULL_CONTESTANTS
-        args.budget = args.budget or 43 * 60
-    if args.quick:
-        args.shapes = args.shapes or QUICK_SHAPES
-        args.batches = args.batches or QUICK_BATCHES
-        args.contestants = args.contestants or ("lstmfused", "torch", "onnxruntime")
-        args.budget = args.budget or 90
-    args.shapes = args.shapes or SHAPES
-    args.batches = args.batches or BATCHES
-    args.dtypes = args.dtypes or ("float32",)
-    args.threads = args.threads or every
-    args.contestants = args.contestants or CONTESTANTS
-    args.budget = args.budget or 420
+    add("--seed", type=int, default=0, help="of the inputs, the weights and the order of turns")
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: with --threads 1, under load")
+    add("--revision", metavar="R", help="of the sources, where git cannot tell")
+    add("--isa", choices=("avx2",), default="", help=argparse.SUPPRESS)  # of a child of --full
+    args = parser.parse_args(given)
+    args.suite = args.suite or "default"
+    args.budget = SUITES[args.suite].budget if args.budget is None else args.budget
+    if args.clock == "cpu" and args.threads != (1,):
+        parser.error("--clock cpu goes with --threads 1")
     return args
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    start = time.perf_counter()
-    field = contestants(args.contestants, args.everywhere)
-    result: dict[str, Any] = {
-        **machine.describe(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv[1:],
-        "seed": args.seed,
-    }
-    roofs = {threads: roofline(threads) for threads in args.threads}
-    result["overhead"] = [overhead(field, threads, args.seed) for threads in args.threads]
-    result["double_backward"] = [
-        found for threads in args.threads for found in double_backward(field, threads, args.seed)
-    ]
-    rows = []
-    cases = grid(args.threads, args.dtypes, args.shapes, args.batches, args.modes)
-    with tqdm(cases, unit="row", smoothing=0) as progress:
-        for done, case in enumerate(progress):
-            progress.set_postfix_str(str(case))
-            left = start + args.budget - time.perf_counter()
-            share = left / (len(cases) - done)
-            rows.append(row(case, field, share, args.seed))
-    for threads, roof in roofs.items():  # once more, should the first time have been disturbed
-        roofs[threads] = roof and roof.best(roofline(threads))
-    result["roofline"] = {threads: roof and asdict(roof) for threads, roof in roofs.items()}
-    result["rows"] = [
-        against(roofs[case.threads], case, found) for case, found in zip(cases, rows, strict=True)
-    ]
-    return result | {"seconds": time.perf_counter() - start}
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The suite, with what the options ask for in place of its own."""
+    names = ("shapes", "batches", "threads", *(() if args.isa else ("dtypes", "steps", "modes")))
+    asked: Json = {name: value for name in names if (value := getattr(args, name)) is not None}
+    found = (AVX2 if args.isa else SUITES[args.suite])._replace(**asked)
+    every = found.cases(torch.get_num_threads())
+    if args.suite == "full" and not args.isa:
+        every += SUITES["memory"]._replace(shapes=found.shapes).cases(torch.get_num_threads())
+    return every
+
+
+def peers(args: argparse.Namespace) -> list[Peer]:
+    if args.against:
+        before = Checkout("before", args.against)
+        return [Checkout("lstmfused", ROOT), before]
+    names = args.peers or (AVX2 if args.isa else SUITES[args.suite]).peers
+    return present(names, everywhere=args.peers is not None)
+
+
+def run(args: argparse.Namespace) -> Record:
+    clock, device = Clock(args.budget), SUITES[args.suite].device
+    capability = torch.backends.cpu.get_cpu_capability()
+    if args.isa and capability.lower() != args.isa:
+        raise SystemExit(f"asked for {args.isa}, torch runs {capability}: set {ONLY_AVX2}")
+    fresh: Json = record.describe(args.suite, args.revision) | {"build": lstmfused.build_info()}
+    fresh |= record.gpu() if device == "cuda" else {}
+    fresh |= {"seed": args.seed, "clock": args.clock, "seconds": 0.0, "roofline": {}}
+    found = Record.open(args.out, fresh | {"failed": [], "rows": []}, args.resume)
+    print(f"writing {found.path}", file=sys.stderr, flush=True)
+    wanted = cases(args)
+    counts = sorted({case.threads for case in wanted})
+    field = peers(args)
+    try:
+        for threads in counts if device == "cpu" or not found.data["roofline"] else ():
+            limits.measure(found.data, threads, args.isa, device)
+        Run(found, field, clock, args.seed, args.clock).course(wanted)
+        for threads in (
+            counts if device == "cpu" else ()
+        ):  # once more, should it have been disturbed
+            limits.measure(found.data, threads, args.isa, device)
+    finally:
+        for peer in field:
+            peer.close()
+        found.data["seconds"] += args.budget - clock.left()
+        found.flush()
+    if args.suite == "full" and not args.isa and capability in ("AVX2", "AVX512"):
+        # In a process where AVX2 is all there is, which goes on with the file.
+        own = [*sys.argv[1:], "--isa=avx2", f"--budget={clock.left()}", f"--resume={found.path}"]
+        command = [sys.executable, "-m", "benchmarks", *own]
+        subprocess.run(command, cwd=ROOT, env=os.environ | ONLY_AVX2, check=True)
+    return found
 
 
 def main() -> int:
     args = arguments()
-    day = f"{datetime.now(timezone.utc):%Y%m%d}"
-    name = f"{machine.slug(machine.processor())}-{day}{'-full' * args.full}.json"
-    out = args.out = args.resume or args.out or RESULTS / name
+    if args.cliffs:
+        return cliffs()
     try:
-        result = full.run(args) if args.full else run(args)
+        found = run(args)
     except WrongResult as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.capability:
+    except DeviceLost as error:
+        print(f"error: the GPU is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(LOST)  # what the interpreter does at its end may hang
+    if args.isa:
         return 0
-    if not args.full:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        result = json.loads(out.read_text())  # as the report reads it: JSON's keys are strings
-    plot(result, args.plot or out.with_suffix(".png"))
-    print(report.summary(result))
-    if args.full:
-        print(f"\n{targets.markdown(result)}")
-    print(f"\nwritten to {out}")
+    data: dict[str, Any] = record.load(found.path)
+    print(report.summary(data))
+    report.picture(data, found.path.with_suffix(".png"))
+    print(f"\nwritten to {found.path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.cliffs: numbers, sizes and threads at which kernels are apt to be slow.
+"""python -m benchmarks --cliffs: numbers, sizes and threads at which kernels are apt to be slow.
 
 Times are ratios within one interleaved run. A bound is far above what is expected and far below
 what a cliff costs, and to be over it a ratio must be so again and again. On cores that others use,
@@ -12,21 +12,27 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import lstmfused  # noqa: F401  # whose operators are timed
-
-from .report import table
-from .timing import measure
+from .cases import STEP, TRAINING, WITHOUT_GRAD, Case, Shape
+from .format import table
+from .peers import PEERS
+from .problem import Problem, verify
+from .timing import ROUNDS, by_turns, called
 
 Call = Callable[[], object]
-Arguments = dict[str, Tensor]
 ATTEMPTS = 4
 CORES = os.cpu_count() or 1
-ops = torch.ops.lstmfused
+LEAVES = ("input", "hx", "cx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+DENORMAL = {"input": LEAVES[:1], "state": LEAVES[1:3], "weights": LEAVES[3:5]}
+DENORMAL |= {"biases": LEAVES[5:], "all": LEAVES}
+LOPSIDED = (*((Shape(*of), 100_000) for of in ((1, 1), (3, 3), (16, 1))), (Shape(64, 2100), 1))
+SQUARE = Shape(256, 256)
 
 
 def keep_memory() -> None:
@@ -40,58 +46,34 @@ def keep_memory() -> None:
         mallopt(mmap_threshold, 32 << 20)  # the most there may be
 
 
-def arguments(B: int, I: int, H: int, dtype: torch.dtype = torch.float32) -> Arguments:
-    generator = torch.Generator().manual_seed(0)
-    sizes: dict[str, tuple[int, ...]] = {"input": (B, I), "hx": (B, H), "cx": (B, H)}
-    sizes |= {"weight_ih": (4 * H, I), "weight_hh": (4 * H, H), "bias_ih": (4 * H,)}
-    sizes |= {"bias_hh": (4 * H,)}
-    scale = {name: max(I, H) ** -0.5 for name in sizes if "_" in name}
-    return {
-        name: torch.randn(size, generator=generator, dtype=dtype) * scale.get(name, 1)
-        for name, size in sizes.items()
-    }
+def calling(case: Case, problem: Problem | None = None, peer: str = "lstmfused") -> Call:
+    """A call of the case with its threads, found right."""
+    bound = PEERS[peer].bind(problem or Problem(case))
+    run, grad = bound.run(case.mode), case.mode not in WITHOUT_GRAD
+    with torch.set_grad_enabled(grad):
+        verify(peer, bound, case.mode)
+
+    def call() -> None:
+        torch.set_num_threads(case.threads)
+        with torch.set_grad_enabled(grad):
+            run()
+
+    return call
 
 
-def forward(given: Arguments) -> Call:
-    return lambda: ops.lstm_cell(*given.values())
-
-
-def backward(given: Arguments, *grads: Tensor) -> Call:
-    h, c, gates = ops.lstm_cell_forward(*given.values())
-    back = (*(grads or (torch.ones_like(h), torch.ones_like(c))), gates, *list(given.values())[:5])
-    return lambda: ops.lstm_cell_backward(*back, [True] * 7)
-
-
-def torchs(given: Arguments) -> Call:
-    x, h, c, *weights = given.values()
-    return lambda: torch.lstm_cell(x, (h, c), *weights)
-
-
-def on_threads(call: Call, threads: int) -> Call:
-    def run() -> None:
-        torch.set_num_threads(threads)
-        call()
-
-    return run
-
-
-class Cliff:
+class Cliff(NamedTuple):
     """No call is to take more than `bound` times as long as the first one, by the unit of work."""
 
-    def __init__(
-        self,
-        name: str,
-        calls: Mapping[str, Call],
-        bound: float,
-        work: Mapping[str, float] | None = None,
-    ) -> None:
-        self.name, self.calls, self.bound, self.work = name, calls, bound, work or {}
+    name: str
+    calls: Mapping[str, Call]
+    bound: float
+    work: Mapping[str, float]
 
     def ratios(self) -> dict[str, float]:
-        timings = measure(self.calls, seconds=0.06 * len(self.calls))
-        paces = {name: timing.q1 / self.work.get(name, 1) for name, timing in timings.items()}
-        base = next(iter(paces.values()))
-        return {name: pace / base for name, pace in paces.items()}
+        samplers = {name: called(call) for name, call in self.calls.items()}
+        timings = by_turns(samplers, 0.06 * len(samplers), ROUNDS["cpu"])
+        paces = {name: timing.median / self.work.get(name, 1) for name, timing in timings.items()}
+        return {name: pace / next(iter(paces.values())) for name, pace in paces.items()}
 
     def least(self) -> dict[str, float]:
         """The ratios of the attempt whose largest is the least; it ends once none is too large."""
@@ -103,66 +85,46 @@ class Cliff:
         return min(attempts, key=lambda found: max(found.values()))
 
 
-# Which arguments become denormal.
-DENORMAL = {
-    "input": ("input",),
-    "state": ("hx", "cx"),
-    "weights": ("weight_ih", "weight_hh"),
-    "biases": ("bias_ih", "bias_hh"),
-}
-
-
 def denormal(t: Tensor) -> Tensor:
-    return t.clamp(-1, 1) * (torch.finfo(t.dtype).tiny / 4)
+    return torch.nn.Parameter(t.detach().clamp(-1, 1) * (torch.finfo(t.dtype).tiny / 4))
 
 
-def denormals() -> Iterator[Cliff]:
+def denormals(case: Case) -> Cliff:
     """Beyond what they cost torch's own cell: some processors stop and think about each of them."""
-    for dtype, B in product((torch.float32, torch.float64), (1, 64)):
-        normal = arguments(B, 128, 128, dtype)
-        steps = {"normal": normal}
-        for where, names in {**DENORMAL, "all": tuple(normal)}.items():
-            steps[where] = normal | {name: denormal(normal[name]) for name in names}
-        own = Cliff("", {name: torchs(given) for name, given in steps.items()}, float("inf"))
-        bound = 3 * max(1, *own.ratios().values())
-        name = f"denormals, B = {B}, {str(dtype).removeprefix('torch.')}"
-        yield Cliff(f"{name}, forward", {k: forward(v) for k, v in steps.items()}, bound)
-        grads = denormal(normal["hx"]), denormal(normal["cx"])
-        backwards = {k: backward(v) for k, v in steps.items()}
-        backwards["gradients"] = backward(normal, *grads)
-        yield Cliff(f"{name}, backward", backwards, bound)
+    normal = Problem(case)
+    given = {"normal": normal}
+    for where, names in DENORMAL.items():
+        given[where] = normal.replaced({name: denormal(normal.leaves[name]) for name in names})
+    if case.mode == TRAINING:
+        given["gradients"] = normal.replaced({})
+        first, second = (denormal(gradient).detach() for gradient in normal.grad_outputs)
+        given["gradients"].grad_outputs = first, second
+    own, torchs = (
+        {where: calling(case, problem, peer) for where, problem in given.items()}
+        for peer in ("lstmfused", "torch")
+    )
+    bound = 3 * max(Cliff("", torchs, float("inf"), {}).ratios().values())
+    return Cliff(f"denormals, {case}", own, bound, {})
 
 
-def odd_sizes() -> Iterator[Cliff]:
-    """A multiply-add costs about the same where the size is no multiple of the vector. One row's
-    gradients are all stores, each of which may cost twice as much where it lies across two lines:
-    that alone is more than 1.5."""
-    for sizes, kernel, B in product(
-        ((256, 255, 257), (512, 511, 513)), (forward, backward), (1, 8, 64)
-    ):
-        calls = {str(n): kernel(arguments(B, n, n)) for n in sizes}
-        bound = 2.5 if kernel is backward and B == 1 else 1.5
-        work = {str(n): float(n * n) for n in sizes}
-        yield Cliff(f"near {sizes[0]} units, B = {B}, {kernel.__name__}", calls, bound, work)
-
-
-def threads() -> Iterator[Cliff]:
-    lopsided = ((100_000, 1, 1), (100_000, 3, 3), (100_000, 64, 1), (1, 64, 2100))
-    for shape, kernel in product(lopsided, (forward, backward)):
-        call = kernel(arguments(*shape))
-        calls = {"one": on_threads(call, 1), "two": on_threads(call, min(2, CORES))}
-        yield Cliff(f"a second thread, {shape}, {kernel.__name__}", calls, 3)
-    for kernel in (forward, backward):
-        call = kernel(arguments(64, 256, 256))
-        calls = {"cores": on_threads(call, CORES), "many": on_threads(call, 8 * CORES)}
-        yield Cliff(f"more threads than cores, {kernel.__name__}", calls, 3)
-
-
-def callers() -> Iterator[Cliff]:
-    """Each Python thread has as many threads as there are cores."""
-    with ThreadPoolExecutor(4) as pool:
-        for shape in ((1, 512, 512), (64, 256, 256)):
-            call = on_threads(forward(arguments(*shape)), CORES)
+def cliffs() -> Iterator[Cliff]:
+    for mode, B, dtype in product(STEP, (1, 64), ("float32", "float64")):
+        yield denormals(Case(Shape(128, 128), B, mode, dtype))
+    # A multiply-add costs about the same where the size is no multiple of the vector. One row's
+    # gradients are all stores, each of which may cost twice as much where it lies across two lines.
+    for mode, B, size in product(STEP, (1, 8, 64), (256, 512)):
+        cases = {str(n): Case(Shape(n, n), B, mode) for n in (size, size - 1, size + 1)}
+        calls = {name: calling(case) for name, case in cases.items()}
+        work = {name: float(case.flops) for name, case in cases.items()}
+        bound = 2.5 if mode == TRAINING and B == 1 else 1.5
+        yield Cliff(f"near {size} units, B = {B}, {mode}", calls, bound, work)
+    counts = [(shape, B, (1, min(2, CORES))) for shape, B in LOPSIDED]  # and more than cores
+    for (shape, B, threads), mode in product([*counts, (SQUARE, 64, (CORES, 8 * CORES))], STEP):
+        calls = {str(n): calling(Case(shape, B, mode, threads=n)) for n in threads}
+        yield Cliff(f"threads, {shape}, B = {B}, {mode}", calls, 3, {})
+    with ThreadPoolExecutor(4) as pool:  # of Python, each with as many threads as there are cores
+        for units, B in ((512, 1), (256, 64)):
+            call = calling(Case(Shape(units, units), B, threads=CORES))
 
             def repeated(count: int, call: Call = call) -> None:
                 for _ in range(count):
@@ -171,8 +133,8 @@ def callers() -> Iterator[Cliff]:
             def at_once(repeated: Callable[[int], None] = repeated) -> None:
                 list(pool.map(repeated, [30] * 4))
 
-            calls = {"in turn": lambda repeated=repeated: repeated(120), "at once": at_once}
-            yield Cliff(f"several callers, {shape}", calls, 3)
+            calls = {"in turn": partial(repeated, 120), "at once": at_once}
+            yield Cliff(f"several callers, {units} units, B = {B}", calls, 3, {})
 
 
 def main() -> int:
@@ -180,20 +142,13 @@ def main() -> int:
     if (load := os.getloadavg()[0]) > CORES:
         print(f"others are at work on these cores: a load of {load:.1f}", file=sys.stderr)
     lines, over = [], 0
-    for cliffs in (denormals, odd_sizes, threads, callers):
-        for cliff in cliffs():
-            torch.set_num_threads(1)
-            ratios = cliff.least()
-            worst = max(ratios, key=lambda name: ratios[name])
-            beyond = ratios[worst] > cliff.bound
-            over += beyond
-            verdict = "CLIFF" if beyond else ""
-            lines.append(
-                [cliff.name, f"{ratios[worst]:.2f}x", worst, f"{cliff.bound:.1f}x", verdict]
-            )
+    for cliff in cliffs():
+        torch.set_num_threads(1)
+        ratios = cliff.least()
+        worst = max(ratios, key=lambda name: ratios[name])
+        beyond = ratios[worst] > cliff.bound
+        over += beyond
+        bound = f"{cliff.bound:.1f}x", "CLIFF" * beyond
+        lines.append([cliff.name, f"{ratios[worst]:.2f}x", worst, *bound])
     print(table(["", "slowest", "at", "allowed", ""], lines))
     return int(over > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,118 +1,136 @@
-"""Times contestants in turns, so that whatever disturbs the machine disturbs all of them."""
+"""Times peers by turns, so that whatever disturbs the machine disturbs all of them."""
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import repeat
-from statistics import quantiles
+from statistics import median, quantiles
+from typing import NamedTuple
 
-ROUND = 3e-3  # seconds a turn lasts at least
-ROUNDS = range(3, 61)  # the fewest, for calls of a second; the most, where they are cheap
+import torch
+
+Sampler = Callable[[], float]  # -> microseconds of a call
+TURN = {"cpu": 3e-3, "cuda": 1.5e-3}  # seconds a turn lasts at least
+# The fewest, for calls of a second; the most, where they are cheap.
+ROUNDS = {"cpu": range(3, 61), "cuda": range(5, 32)}
 # OpenMP's workers spin for about a millisecond after their last call, on the cores of whoever is
 # next if that is another pool; before each turn they are given the time to fall asleep.
 PAUSE = 2e-3
+# The time that passes; or, where others load the machine, what the calling thread has had of it.
 CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call: median and quartiles over the rounds."""
+class Timing(NamedTuple):
+    """Microseconds of a call over the rounds; the distance of the quartiles is a share of it."""
 
     median: float
-    q1: float
-    q3: float
-    rounds: int
-    calls: int  # in a round
-
-
-class Clock:
-    """What is read: the time that passes, or where others load the machine, what the calling
-    thread has had of it, which tells of one thread's work alone."""
-
-    name = "wall"
-
-
-def timed(call: Callable[[], object], calls: int) -> float:
-    now = CLOCKS[Clock.name]
-    start = now()
-    for _ in repeat(None, calls):
-        call()
-    return (now() - start) * 1e-9
-
-
-def calls_per_round(call: Callable[[], object]) -> int:
-    calls = 1
-    while (elapsed := timed(call, calls)) < ROUND:
-        calls *= 2
-    # A hiccup ends this early, so what is not plainly long enough is looked at again.
-    if elapsed < 10 * ROUND:
-        while timed(call, calls) < ROUND:
-            calls *= 2
-    return calls
-
-
-@contextmanager
-def no_gc() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    noise: float
 
 
 def by_turns(
-    samplers: Mapping[str, Callable[[], float]], rounds: range, seconds: float, seed: int
-) -> dict[str, list[float]]:
-    """What each of the samplers returns, round-robin in random order for about `seconds`."""
+    samplers: Mapping[str, Sampler], seconds: float, rounds: range, seed: int = 0
+) -> dict[str, Timing]:
+    """Round-robin in random order for about `seconds`."""
     shuffle = random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    for done in range(rounds.stop - 1):
-        if done >= rounds.start and time.perf_counter() > deadline:
-            break
-        order = list(samplers)
-        shuffle(order)
-        for name in order:
-            samples[name].append(samplers[name]())
-    return samples
+    order = list(samplers)
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds.stop - 1):
+            if done >= rounds.start and time.perf_counter() > deadline:
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(samplers[name]())
+    finally:
+        gc.enable()
+
+    def timing(values: list[float]) -> Timing:
+        low, _, high = quantiles(values, method="inclusive")
+        return Timing(median(values), (high - low) / median(values))
+
+    return {name: timing(values) for name, values in samples.items()}
 
 
-def measure(
-    steps: Mapping[str, Callable[[], object]],
-    seconds: float,
-    seed: int = 0,
-    contexts: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
-) -> dict[str, Timing]:
-    """Round-robin in random order for about `seconds`, each in its own of the `contexts`."""
-    deadline = time.perf_counter() + seconds
-    contexts = contexts or {}
-    with no_gc():
-        calls = {}
-        for name, step in steps.items():
-            with contexts.get(name, nullcontext)():
-                calls[name] = calls_per_round(step)
+def called(call: Callable[[], object], device: str = "cpu", clock: str = "wall") -> Sampler:
+    """Many calls and on a GPU one wait at the end: where the host is the slower one, its time."""
+    now = CLOCKS[clock]
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else float
+    least = TURN[device]
 
-        def sampler(name: str) -> Callable[[], float]:
-            def sample() -> float:
-                time.sleep(PAUSE)
-                with contexts.get(name, nullcontext)():
-                    if calls[name] > 1:
-                        steps[name]()  # wakes the workers and fetches the weights
-                    return timed(steps[name], calls[name]) / calls[name] * 1e6
+    def timed(calls: int) -> float:
+        start = now()
+        for _ in repeat(None, calls):
+            call()
+        wait()
+        return (now() - start) * 1e-9
 
-            return sample
+    calls = 1
+    while (elapsed := timed(calls)) < least:
+        calls *= 2
+    # A hiccup ends this early, so what is not plainly long enough is looked at again.
+    while elapsed < 10 * least and timed(calls) < least:
+        calls *= 2
 
-        samplers = {name: sampler(name) for name in steps}
-        samples = by_turns(samplers, ROUNDS, deadline - time.perf_counter(), seed)
+    def sample() -> float:
+        if device == "cpu":
+            time.sleep(PAUSE)
+        if calls > 1:
+            timed(1)  # wakes the workers and fetches the weights
+        return timed(calls) / calls * 1e6
 
-    def timing(name: str) -> Timing:
-        q1, median, q3 = quantiles(samples[name], method="inclusive")
-        return Timing(median, q1, q3, len(samples[name]), calls[name])
+    return sample
 
-    return {name: timing(name) for name in steps}
+
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for every stream they see."""
+    return torch.cuda.Stream()
+
+
+def capture(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`body` as a graph. It runs beforehand, for what a library does only once."""
+    stream = side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                body()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            body()
+    finally:  # a capture that fails leaves its stream the current one
+        torch.cuda.set_stream(torch.cuda.default_stream())
+    torch.cuda.synchronize()
+    return graph
+
+
+def replayed(body: Callable[[], object], steps: int) -> Sampler:
+    """Of a graph of `body`, which takes `steps` steps."""
+    graph = capture(body)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay(times: int) -> float:
+        graph.replay()  # fills the caches, and the queue: the device never waits for the host
+        start.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3  # seconds
+
+    replay(1)
+    times = max(1, min(200, math.ceil(TURN["cuda"] / max(replay(2) / 2, 1e-7))))
+
+    def sample(keep: object = body) -> float:  # a graph does not hold the tensors it reads
+        return replay(times) / (times * steps) * 1e6
+
+    return sample

@@ -1,6 +1,6 @@
 """No cliffs: numbers, sizes and thread counts at which kernels are apt to be wrong.
 
-Where they are apt to be slow, `python -m benchmarks.cliffs` measures them.
+Where they are apt to be slow, `python -m benchmarks --cliffs` measures them.
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from cuda_cases import ALL, FORMS, every_dtype, incoming, ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import record
 from lstmfused._ops import _C
 
 # What torch has to say of a device is shown, but no error of ours.
@@ -43,9 +42,8 @@ def test_cuda_kernels_are_registered_where_they_are_built(op: str) -> None:
     assert found == bool(_C.cuda_architectures)
 
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # The newest of the kernels as they are.
-MEASURED = RESULTS / "nvidia-h200-20261127-02a70ec097.json"
+MEASURED = record.RESULTS / "nvidia-h200-20261127-02a70ec097.json"
 needs_cuda_build = pytest.mark.skipif(
     not _C.cuda_architectures, reason="the extension was built without CUDA"
 )
@@ -54,20 +52,20 @@ needs_cuda_build = pytest.mark.skipif(
 @needs_cuda_build
 def test_the_paths_chosen_are_those_that_were_measured_as_fastest() -> None:
     """Of every path at every size of the grid: forward within 13%, a training step within 15%."""
-    hopper = 90, 132, 227 << 10
-    found = json.loads(MEASURED.read_text())["crossovers"]
+    hopper, paths = (90, 132, 227 << 10), ("small_batch", "tensor_cores", "warpgroups", "products")
+    found = record.load(MEASURED)["crossovers"]
     assert len(found) > 200
     for entry in found:
-        tf32 = entry["precision"] == "tf32"
-        dtype = torch.float32 if tf32 else getattr(torch, entry["precision"])
+        tf32 = entry["dtype"] == "tf32"
+        dtype = torch.float32 if tf32 else getattr(torch, entry["dtype"])
         sizes = entry["batch"], entry["units"], entry["units"]
         forward, backward = _C.cuda_paths_on(*hopper, dtype, *sizes, tf32)
-        times = entry["microseconds"]
-        assert times[forward] <= 1.13 * min(times.values()), (entry, forward)
-        training = entry.get("training_us")
+        assert entry[forward] <= 1.13 * min(entry[k] for k in paths if k in entry), entry
+        training = {
+            path: entry[f"training {path}"] for path in paths if f"training {path}" in entry
+        }
         if training:
-            best = min(training["small_batch"], training["products"])
-            assert training[backward] <= 1.15 * best, (entry, backward)
+            assert training[backward] <= 1.15 * min(training.values()), (entry, backward)
 
 
 @needs_cuda_build

@@ -1,7 +1,6 @@
 """Every Python block of the README runs, in order, as one program; its table of abilities holds."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,16 @@ def test_python_blocks_run() -> None:
 def test_abilities() -> None:
     """The README's table is what the trial finds: all works but the profiler, which knows the
     operations of a fixed list of torch's own operators."""
-    for package in ("onnx", "onnxruntime", "onnxscript", "tqdm"):
+    for package in ("onnx", "onnxruntime", "onnxscript", "tabulate"):
         pytest.importorskip(package, reason=f"the trial needs {package}")
-    sys.path.insert(0, str(README.parent))  # the benchmarks are not installed
-    from benchmarks import abilities, report
+    from benchmarks.format import markers
+    from tools import abilities
 
     found = abilities.markdown()
     lines = [line.strip("| ").split(" | ") for line in found.splitlines()[2:]]
     fails = {name.strip() for name, _, ours in lines if ours.strip() != "works"}
     assert fails == {"the profiler's `with_flops`"}
-    begin, end = report.markers("abilities")
+    begin, end = markers("abilities")
     written = README.read_text().split(begin)[1].split(end)[0].strip()
     if torch.__version__ in written.splitlines()[0]:
         assert written == found

@@ -22,8 +22,10 @@ from torch import Tensor
 import lstmfused
 
 CAPABILITIES = ("default", "avx2", "avx512")
-SIZES = ((1, 1), (2, 20), (16, 16), (51, 20), (20, 51), (64, 64), (100, 72), (128, 128), (512, 128))
-SIZES += ((256, 256), (600, 520))
+SIZES = (
+    *((1, 1), (2, 20), (16, 16), (51, 20), (20, 51), (64, 64), (100, 72)),
+    *((128, 128), (512, 128), (256, 256), (600, 520)),
+)
 BATCHES = (1, 2, 3, 5, 8, 16, 17, 33, 64, 97, 300)
 # Weights that no cache holds have kernels of their own.
 STREAMING, STREAMING_BATCHES = (1100, 1024), (1, 3, 8, 33)

@@ -1,7 +1,5 @@
-"""What torch can do with a cell, tried: nn.LSTMCell and lstmfused.LSTMCell side by side.
-
-python -m benchmarks.abilities --readme README.md
-"""
+"""python -m tools.abilities [--readme README.md]: what torch can do with a cell, tried:
+nn.LSTMCell and lstmfused.LSTMCell side by side."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lstmfused
-
-from .report import insert, table
+from benchmarks.format import insert, table
 
 V, B, I, H = 3, 4, 5, 7  # V of whatever is stacked
+ROWS = {0: torch.export.Dim("batch", min=1, max=64)}
 
 
 class Plain(nn.LSTMCell):
@@ -37,11 +35,28 @@ class Plain(nn.LSTMCell):
         return lstmfused.reference.lstm_cell(input, hx, *weights)
 
 
-Make = Callable[[], nn.LSTMCell]  # the same weights at every call
+class Step(nn.Module):
+    """The cell in a model, with a state."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = self.cell(x, (h, c))
+        return h, c
+
+
+Cell = Any  # an nn.LSTMCell; whoever asks for another one calls make
+Make = Callable[[], Cell]  # the same weights at every call
 
 
 def tensor(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state(rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
+    return tensor(rows, I), tensor(rows, H, seed=2).tanh(), tensor(rows, H, seed=3)
 
 
 def joined(cell: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -49,23 +64,15 @@ def joined(cell: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda x, h, c: torch.cat(cell(x, (h, c)), -1)
 
 
-def state() -> tuple[Tensor, Tensor, Tensor]:
-    return tensor(B, I), tensor(B, H, seed=2).tanh(), tensor(B, H, seed=3)
+def batches(run: Callable[..., Any], with_state: bool = True) -> Any:
+    """Of a model that was made with one batch, at others."""
+    return [run(*state(rows)[: 3 if with_state else 1]) for rows in (2, 3, 5)]
 
 
-def stateless(cell: nn.Module) -> Callable[..., Tensor]:
-    """A loss of the parameters, for one row."""
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        h, c = func.functional_call(cell, parameters, (x,))
-        total: Tensor = h.square().sum() + c.sum()
-        return total
-
-    return loss
-
-
-def vmap_inputs(make: Make) -> Any:
-    return func.vmap(make())(tensor(V, B, I))
+def left_python(make: Make, way: Callable[[Step], Callable[..., Any]]) -> Any:
+    """The formula stays in Python: it is what the numbers are held to."""
+    model = Step(make())
+    return batches(model if isinstance(model.cell, Plain) else way(model))
 
 
 def vmap_weights(make: Make) -> Any:
@@ -79,17 +86,14 @@ def vmap_weights(make: Make) -> Any:
 
 def per_sample_gradients(make: Make) -> Any:
     cell = make()
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        h, c = func.functional_call(cell, parameters, (x,))
+        total: Tensor = h.square().sum() + c.sum()
+        return total
+
     parameters = {name: p.detach() for name, p in cell.named_parameters()}
-    return func.vmap(func.grad(stateless(cell)), (None, 0))(parameters, tensor(B, I))
-
-
-def jacobian(make: Make) -> Any:
-    return func.jacrev(joined(make()), argnums=(0, 1, 2))(*state())
-
-
-def forward_mode(make: Make) -> Any:
-    given = state()
-    return func.jvp(joined(make()), given, tuple(t.cos() for t in given))
+    return func.vmap(func.grad(loss), (None, 0))(parameters, tensor(B, I))
 
 
 def hessian(make: Make) -> Any:
@@ -107,60 +111,22 @@ def double_backward(make: Make) -> Any:
 
 def compiled(make: Make) -> Any:
     step = torch.compile(make(), fullgraph=True, backend="aot_eager", dynamic=True)
-    return [step(tensor(rows, I)) for rows in (2, 3, 5)]
+    return batches(step, with_state=False)
 
 
 def exported(make: Make) -> Any:
-    rows = {0: torch.export.Dim("batch", min=1, max=64)}
-    program = torch.export.export(make(), (tensor(B, I),), dynamic_shapes={"input": rows})
-    return [program.module()(tensor(rows, I)) for rows in (2, 3, 5)]
+    program = torch.export.export(make(), (tensor(B, I),), dynamic_shapes={"input": ROWS})
+    return batches(program.module(), with_state=False)
 
 
-def traced(make: Make) -> Any:
-    step = torch.jit.trace(make(), (tensor(B, I),))
-    return [step(tensor(rows, I)) for rows in (2, 3, 5)]
+def scripted(model: Step) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    return torch.jit.freeze(torch.jit.load(file).eval())
 
 
-class Step(nn.Module):
-    """The cell in a model, with a state."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        h, c = self.cell(x, (h, c))
-        return h, c
-
-
-def batches(run: Callable[..., Any]) -> Any:
-    """Of a model that was made with one batch, at others."""
-    return [
-        run(tensor(rows, I), tensor(rows, H, seed=2), tensor(rows, H, seed=3)) for rows in (2, 3, 5)
-    ]
-
-
-def left_python(make: Make, way: Callable[[Step], Callable[..., Any]]) -> Any:
-    """The formula stays in Python: it is what the numbers are held to."""
-    model = Step(make())
-    return batches(model if isinstance(model.cell, Plain) else way(model))
-
-
-def symbolically_traced(make: Make) -> Any:
-    return left_python(make, torch.fx.symbolic_trace)
-
-
-def scripted(make: Make) -> Any:
-    def way(model: Step) -> Any:
-        file = io.BytesIO()
-        torch.jit.save(torch.jit.script(model), file)
-        file.seek(0)
-        return torch.jit.freeze(torch.jit.load(file).eval())
-
-    return left_python(make, way)
-
-
-def onnx(make: Make, **options: Any) -> Any:
+def in_onnx_runtime(**options: Any) -> Callable[[Step], Any]:
     import onnxruntime  # type: ignore[import-untyped]
 
     def way(model: Step) -> Any:
@@ -176,35 +142,29 @@ def onnx(make: Make, **options: Any) -> Any:
 
         return run
 
-    return left_python(make, way)
+    return way
 
 
 def onnx_by_torchscript(make: Make) -> Any:
-    names = ["x", "h", "c"]
-    axes = {name: {0: "batch"} for name in names}
-    return onnx(make, dynamo=False, input_names=names, dynamic_axes=axes)
+    axes: Any = {name: {0: "batch"} for name in "xhc"}
+    options: Any = {"dynamo": False, "input_names": list(axes), "dynamic_axes": axes}
+    return left_python(make, in_onnx_runtime(**options))
 
 
 def onnx_by_dynamo(make: Make) -> Any:
-    rows = {0: torch.export.Dim("batch", min=1, max=64)}
-    return onnx(make, dynamo=True, dynamic_shapes=(rows,) * 3, verbose=False)
+    options: Any = {"dynamo": True, "dynamic_shapes": (ROWS,) * 3, "verbose": False}
+    return left_python(make, in_onnx_runtime(**options))
 
 
-def core_aten(make: Make) -> Any:
-    def way(model: Step) -> Any:
-        table = lstmfused.decompositions() if isinstance(model.cell, lstmfused.LSTMCell) else None
-        rows = {0: torch.export.Dim("batch", min=1, max=64)}
-        program = torch.export.export(model, state(), dynamic_shapes=(rows,) * 3)
-        program = program.run_decompositions(table)
-        for node in program.graph.nodes:
-            if (
-                isinstance(node.target, torch._ops.OpOverload)
-                and torch.Tag.core not in node.target.tags
-            ):
-                raise TypeError(f"{node.target} is left")
-        return program.module()
-
-    return left_python(make, way)
+def core_aten(model: Step) -> Any:
+    own = isinstance(model.cell, lstmfused.LSTMCell)
+    program = torch.export.export(model, state(), dynamic_shapes=(ROWS,) * 3)
+    program = program.run_decompositions(lstmfused.decompositions() if own else None)
+    called = (node.target for node in program.graph.nodes)
+    for operator in (op for op in called if isinstance(op, torch._ops.OpOverload)):
+        if torch.Tag.core not in operator.tags:
+            raise TypeError(f"{operator} is left")
+    return program.module()
 
 
 def counted(make: Make) -> Any:
@@ -221,14 +181,11 @@ def profiled(make: Make) -> Any:
     return torch.tensor(sum(products))
 
 
-def quantized(make: Make) -> Any:
-    model = Step(make())
-    if isinstance(model.cell, Plain):
-        return batches(model)
+def quantized(model: Step) -> Any:
     small = torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)
     if type(small.cell) is type(model.cell):
         raise TypeError("left as it is")
-    return batches(small)
+    return small
 
 
 def sharded(make: Make) -> Any:
@@ -237,9 +194,8 @@ def sharded(make: Make) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-    dist.init_process_group(
-        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-    )
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         given = [distribute_tensor(t, mesh, [Shard(0)]) for t in state()]
@@ -260,81 +216,81 @@ def autocast(make: Make) -> Any:
     return h.float(), c.float()
 
 
+def gradients(outputs: Tensor, cell: Cell) -> Any:
+    return torch.autograd.grad(outputs.square().sum(), list(cell.parameters()))
+
+
 def checkpointed(make: Make) -> Any:
     cell = make()
-    outputs = checkpoint(joined(cell), *state(), use_reentrant=False)
-    return torch.autograd.grad(outputs.square().sum(), list(cell.parameters()))
+    return gradients(checkpoint(joined(cell), *state(), use_reentrant=False), cell)
 
 
 def weight_norm(make: Make) -> Any:
     cell = nn.utils.parametrizations.weight_norm(make(), "weight_hh")
-    return torch.autograd.grad(joined(cell)(*state()).sum(), list(cell.parameters()))
+    return gradients(joined(cell)(*state()), cell)
 
 
+QUANTIZED, AUTOCAST = "`torch.ao.quantization.quantize_dynamic`", "`torch.autocast` on CPU"
 ABILITIES: dict[str, Callable[[Make], Any]] = {
-    "`torch.func.vmap` over inputs": vmap_inputs,
+    "`torch.func.vmap` over inputs": lambda make: func.vmap(make())(tensor(V, B, I)),
     "`torch.func.vmap` over stacked weights": vmap_weights,
     "per-sample gradients, `vmap(grad(...))`": per_sample_gradients,
-    "`torch.func.jacrev`": jacobian,
-    "forward mode, `torch.func.jvp`": forward_mode,
+    "`torch.func.jacrev`": lambda make: func.jacrev(joined(make()), argnums=(0, 1, 2))(*state()),
+    "forward mode, `torch.func.jvp`": lambda make: func.jvp(joined(make()), state(), state()),
     "`torch.func.hessian`": hessian,
     "double backward": double_backward,
     "`torch.compile(fullgraph=True)`, dynamic batch": compiled,
     "`torch.export`, dynamic batch": exported,
-    "`torch.jit.trace`": traced,
-    "`torch.jit.script`, saved, loaded and frozen": scripted,
-    "`torch.fx.symbolic_trace`": symbolically_traced,
+    "`torch.jit.trace`": lambda make: batches(torch.jit.trace(make(), (tensor(B, I),)), False),
+    "`torch.jit.script`, saved, loaded and frozen": lambda make: left_python(make, scripted),
+    "`torch.fx.symbolic_trace`": lambda make: left_python(make, torch.fx.symbolic_trace),
     "`torch.onnx.export`, `dynamo=False`, in ONNX Runtime": onnx_by_torchscript,
     "`torch.onnx.export`, `dynamo=True`, in ONNX Runtime": onnx_by_dynamo,
-    "core ATen, `run_decompositions(...)`": core_aten,
+    "core ATen, `run_decompositions(...)`": lambda make: left_python(make, core_aten),
     "`FlopCounterMode`, forward and backward": counted,
     "the profiler's `with_flops`": profiled,
-    "`torch.ao.quantization.quantize_dynamic`": quantized,
+    QUANTIZED: lambda make: left_python(make, quantized),
     "`DTensor`, sharded over the batch": sharded,
-    "`torch.autocast` on CPU": autocast,
+    AUTOCAST: autocast,
     "`torch.utils.checkpoint`": checkpointed,
     "`parametrizations.weight_norm`": weight_norm,
 }
 
 
-def maker(cell: type[nn.LSTMCell]) -> Make:
-    def make() -> nn.LSTMCell:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return cell(I, H)
-
-    return make
-
-
-def tried(ability: Callable[[Make], Any], cell: type[nn.LSTMCell]) -> str:
+def tried(name: str, cell: type[nn.LSTMCell]) -> str:
     """ "works" if its numbers are those of the formula, or what went wrong."""
+
+    def maker(cell: type[nn.LSTMCell]) -> Make:
+        def make() -> Cell:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return cell(I, H)
+
+        return make
+
     torch.compiler.reset()
     try:
-        found = tree_leaves(ability(maker(cell)))
+        found = tree_leaves(ABILITIES[name](maker(cell)))
     except Exception as error:
         sentence = " ".join(str(error).split()).split(". ")[0].split(": ")[0].replace("|", "\\|")
         return f"{type(error).__name__}: {textwrap.shorten(sentence, 60, placeholder=' …')}"
-    expected = tree_leaves(ability(maker(Plain)))
-    bound = 2e-2 if ability in (autocast, quantized) else 1e-5
-    right = all(
-        torch.allclose(actual, want, rtol=bound, atol=bound)
-        for actual, want in zip(found, expected, strict=True)
-    )
+    expected = tree_leaves(ABILITIES[name](maker(Plain)))
+    bound = 2e-2 if name in (AUTOCAST, QUANTIZED) else 1e-5
+    pairs = zip(found, expected, strict=True)
+    right = all(torch.allclose(actual, want, rtol=bound, atol=bound) for actual, want in pairs)
     return "works" if right else "wrong numbers"
 
 
 def markdown() -> str:
+    cells = nn.LSTMCell, lstmfused.LSTMCell
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [
-            [name, tried(ability, nn.LSTMCell), tried(ability, lstmfused.LSTMCell)]
-            for name, ability in ABILITIES.items()
-        ]
+        rows = [[name, *(tried(name, cell) for cell in cells)] for name in ABILITIES]
     return table([f"torch {torch.__version__}", "nn.LSTMCell", "lstmfused.LSTMCell"], rows)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.abilities", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.abilities", description=__doc__)
     parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table there")
     args = parser.parse_args()
     text = markdown()

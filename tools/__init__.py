@@ -1,0 +1,1 @@
+"""What is no benchmark of the cell against its peers."""
