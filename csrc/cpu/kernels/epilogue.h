@@ -39,23 +39,37 @@ static Gates<Vec<A>> without_resets(const Gates<Vec<A>>& sum, const RowMask* mas
 
 // sums(i) and bias(i) are the Gates before activation of vector i, which is row i of the block or unit i.
 // At most Rows rows by a vector's length of units; along rows, Rows is a vector's length, too.
-template <Along along, int Rows, class T, class Sums, class Bias, class A = Accumulate<T>>
-LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States s, Sums&& sums, Bias&& bias) {
+// kSequence: there are starting sums or a mask.
+template <Along along, int Rows, bool kSequence, class T, class Sums, class Bias, class A = Accumulate<T>>
+LSTMFUSED_INLINE void epilogue_of(const Step<T>& p, const States s, Sums&& sums, Bias&& bias) {
   using Math = VectorMath<A>;
   constexpr bool kTransposed = along == Along::kRows;
   static_assert(!kTransposed || Rows == kLanes<A>, "a square block");
-  const RowMask* const mask = p.mask ? p.mask + s.row : nullptr;
-  const A* const starting_sums = p.starting_sums;
+  const RowMask* const mask = kSequence && p.mask ? p.mask + s.row : nullptr;
+  const A* const starting_sums = kSequence ? p.starting_sums : nullptr;
   T* const out_gates = p.gates;
 
-  // Rows of units <-> the block's vectors
+  const int64_t vectors = kTransposed ? s.units : s.rows;
+  // Rows of units <-> the block's vectors. Transposed in arrays that the compiler keeps in registers.
   const auto load_rows = [&](Vec<A>* v, auto&& load_row) LSTMFUSED_INLINED {
-    for (int r = 0; r < (kTransposed ? Rows : s.rows); r++) v[r] = r < s.rows ? load_row(r) : Vec<A>{};
-    if constexpr (kTransposed) transpose<A>(v);
+    if constexpr (kTransposed) {
+      Vec<A> block[Rows];
+      for (int r = 0; r < Rows; r++) block[r] = r < s.rows ? load_row(r) : Vec<A>{};
+      transpose<A>(block);
+      for (int i = 0; i < Rows; i++) v[i] = block[i];
+    } else {
+      for (int64_t r = 0; r < s.rows; r++) v[r] = load_row(r);
+    }
   };
-  const auto store_rows = [&](Vec<A>* v, auto&& store_row) LSTMFUSED_INLINED {
-    if constexpr (kTransposed) transpose<A>(v);
-    for (int64_t r = 0; r < s.rows; r++) store_row(r, v[r]);
+  const auto store_rows = [&](const Vec<A>* v, auto&& store_row) LSTMFUSED_INLINED {
+    if constexpr (kTransposed) {
+      Vec<A> block[Rows];
+      for (int i = 0; i < Rows; i++) block[i] = i < vectors ? v[i] : Vec<A>{};
+      transpose<A>(block);
+      for (int64_t r = 0; r < s.rows; r++) store_row(r, block[r]);
+    } else {
+      for (int64_t r = 0; r < s.rows; r++) store_row(r, v[r]);
+    }
   };
   const auto cell_at = [&](int64_t r) { return (s.row + r) * p.cx_stride + s.unit; };
   const auto out_at = [&](int64_t r) { return (s.row + r) * p.H + s.unit; };
@@ -83,7 +97,6 @@ LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States s, Sums&& sums, Bi
   };
 
   // Two passes, so that more vectors are in flight at once.
-  const int64_t vectors = kTransposed ? s.units : s.rows;
   for (int64_t i = 0; i < vectors; i++) {
     const Gates<Vec<A>> gate = activated(i);
     c[i] = next_cell(gate, c[i]);
@@ -95,8 +108,6 @@ LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States s, Sums&& sums, Bi
     gates[3][i] = gate.o;
   }
   for (int64_t i = 0; i < vectors; i++) h[i] = next_hidden<Math>(Gates<Vec<A>>{{}, {}, {}, h[i]}, c[i]);
-  for (int64_t i = vectors; kTransposed && i < Rows; i++)
-    h[i] = gates[0][i] = gates[1][i] = gates[2][i] = gates[3][i] = Vec<A>{};
 
   store_rows(c, [&](int64_t r, Vec<A> row) LSTMFUSED_INLINED {
     if (mask && mask[r] == RowMask::kSkip) row = load_cell(p.cx, cell_at(r), s.units, p.wide_cell);
@@ -111,6 +122,15 @@ LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States s, Sums&& sums, Bi
     store_rows(gates[g], [&](int64_t r, Vec<A> row) LSTMFUSED_INLINED {
       store_upto(out_gates + (4 * (s.row + r) + g) * p.H + s.unit, row, s.units);
     });
+}
+
+// A plain cell pays one branch for what only sequences have.
+template <Along along, int Rows, class T, class Sums, class Bias>
+LSTMFUSED_INLINE void epilogue(const Step<T>& p, const States& s, Sums&& sums, Bias&& bias) {
+  if (p.starting_sums || p.mask)
+    epilogue_of<along, Rows, true>(p, s, sums, bias);
+  else
+    epilogue_of<along, Rows, false>(p, s, sums, bias);
 }
 
 }  // namespace LSTMFUSED_VARIANT
