@@ -15,7 +15,7 @@ bench: $(VENV)/built
 	$(PY) -m benchmarks --cliffs
 
 test: $(VENV)/built
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --maxprocesses 8
 
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
 # qemu; CUDA's on an emulator, and their machine code where nvcc is.

@@ -19,7 +19,7 @@ BUILT = runpy.run_path(str(SOURCES[0].with_name("variants.py")))
 ORDER = list(BUILT["VARIANTS"])  # each runs where a later one does
 
 
-# Checks as calls: of so many loads and stores in unrolled loops, checks inline take minutes to compile.
+# Checks as calls: inline, those of so many unrolled loads and stores take minutes to compile.
 SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZE += ("--param", "asan-instrumentation-with-call-threshold=0")
 
