@@ -1,7 +1,7 @@
 """The CUDA kernels' own source on the host, without CUDA: tests/simt.h is its GPU.
 
-tests/cuda_kernels.cpp compares the kernels with plain loops in double precision. Copies of the
-kernels that lack one barrier, or one wait for what they copy, show that it would notice.
+tests/cuda_kernels.cpp compares the kernels with plain loops in double precision. A copy of the
+kernels that can do without any one barrier, or wait for what they copy, shows that it would notice.
 """
 
 import os
@@ -56,22 +56,40 @@ def test_cuda_kernels_on_host(name: str, tmp_path: Path) -> None:
     assert done.stdout == "0 failures\n"
 
 
-def run_copy(copy: Path, without: tuple[str, int] | None) -> subprocess.CompletedProcess[str]:
-    """The short run of a copy of everything that lacks one statement."""
-    shutil.copytree(ROOT / "csrc", copy / "csrc")
-    (copy / "tests").mkdir()
+# In the copy: which statement is left out.
+WITHOUT = """
+#include <cstdlib>
+static const char* const without_text = std::getenv("WITHOUT");
+static const int without = without_text ? std::atoi(without_text) : -1;
+"""
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program made of a copy of everything, in which each statement is left out on demand."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "tests").mkdir()
     for name in ("simt.h", "numbers.h", "cuda_kernels.cpp"):
-        shutil.copy(ROOT / "tests" / name, copy / "tests")
-    if without:
-        name, number = without
-        path = copy / "csrc" / "cuda" / "kernels" / name
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    simt = folder / "tests" / "simt.h"
+    simt.write_text(simt.read_text().replace("#pragma once\n", "#pragma once\n" + WITHOUT, 1))
+    for index, (name, number) in enumerate(STATEMENTS.values()):
+        path = folder / "csrc" / "cuda" / "kernels" / name
         lines = path.read_text().splitlines(keepends=True)
-        lines[number - 1], count = STATEMENT.subn(";", lines[number - 1])
+        optional = f"if (without != {index}) {{ \\g<0> }}"
+        lines[number - 1], count = STATEMENT.subn(optional, lines[number - 1])
         assert count == 1
         path.write_text("".join(lines))
-    program = copy / "kernels"
-    build(copy, program, os.environ.get("CXX", "c++"))
-    return subprocess.run([program, "quick"], capture_output=True, text=True, timeout=LIMIT)
+    build(folder, folder / "kernels", os.environ.get("CXX", "c++"))
+    return folder / "kernels"
+
+
+def run_without(copy: Path, index: int) -> subprocess.CompletedProcess[str]:
+    """The short run."""
+    environment = {**os.environ, "WITHOUT": str(index)}
+    command = [copy, "quick"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
 
 
 def test_statements_are_found() -> None:
@@ -85,17 +103,17 @@ def test_statements_are_found() -> None:
 
 
 @pytest.mark.kernels
-def test_whole_copy_passes(tmp_path: Path) -> None:
-    done = run_copy(tmp_path, None)
+def test_whole_copy_passes(copy: Path) -> None:
+    done = run_without(copy, -1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS)
-def test_copy_without_it_fails(statement: tuple[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", range(len(STATEMENTS)), ids=STATEMENTS)
+def test_copy_without_it_fails(index: int, copy: Path) -> None:
     try:
-        done = run_copy(tmp_path, statement)
+        done = run_without(copy, index)
     except subprocess.TimeoutExpired:
         return
-    assert done.returncode != 0, f"{statement[0]}:{statement[1]} may as well not be there"
+    assert done.returncode != 0, f"{list(STATEMENTS)[index]} may as well not be there"
