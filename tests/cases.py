@@ -192,13 +192,19 @@ def check_gradient(
     assert_close(actual, expected, bound, (name, case))
 
 
-def check_forward(arguments: Arguments, case: object) -> None:
+def check_forward(
+    arguments: Arguments,
+    case: object,
+    function: Cell = cell,
+    check: Callable[[str, Tensor, Tensor, object], None] = check_output,
+) -> None:
+    """h and c of `function`, each by `check`, against the float64 reference."""
     expected = oracle(arguments.double())
-    for name, actual, want in zip("hc", cell(arguments), expected, strict=True):
+    for name, actual, want in zip("hc", function(arguments), expected, strict=True):
         assert actual.dtype == arguments.input.dtype, case
         assert actual.device == arguments.input.device, case
         assert actual.is_contiguous(), case
-        check_output(name, actual, want, case)
+        check(name, actual, want, case)
 
 
 def gradients(

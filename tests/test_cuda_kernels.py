@@ -88,8 +88,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_without(copy: Path, index: int) -> subprocess.CompletedProcess[str]:
     """The short run."""
     environment = {**os.environ, "WITHOUT": str(index)}
-    command = [copy, "quick"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment)
+    return subprocess.run(
+        [str(copy), "quick"], capture_output=True, text=True, timeout=LIMIT, env=environment
+    )
 
 
 def test_statements_are_found() -> None:

@@ -20,8 +20,10 @@ ORDER = list(BUILT["VARIANTS"])  # each runs where a later one does
 
 
 # Checks as calls: inline, those of so many unrolled loads and stores take minutes to compile.
-SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-SANITIZE += ("--param", "asan-instrumentation-with-call-threshold=0")
+SANITIZE = (
+    *("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("--param", "asan-instrumentation-with-call-threshold=0"),
+)
 
 
 class Build(NamedTuple):
