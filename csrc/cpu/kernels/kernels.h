@@ -7,7 +7,7 @@ namespace lstmfused {
 
 // Runs task(context, i) for every i in [0, tasks), on any thread and in any order. `work` is the cost of
 // them all in multiply-adds: a pool may run little work on the calling thread alone. `cache` is the size of
-// a core's second-level cache in bytes; it decides how work is cut, never a result.
+// a core's L2 in bytes; it decides how work is cut, never a result.
 struct Pool {
   void (*run)(int64_t tasks, int64_t work, void (*task)(const void* context, int64_t i),
               const void* context);

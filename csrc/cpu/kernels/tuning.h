@@ -9,7 +9,7 @@
 namespace lstmfused {
 
 // ---------------------------------------------------------------------------------------------------
-// Registers and first-level cache: the tile of a product
+// Registers and L1: the tile of a product
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVectors = 24;  // vectors of sums in flight, of 32 registers
@@ -27,9 +27,9 @@ constexpr int kSumRows = 512;      // rows of kPanel vectors of sums in scratch
 // ---------------------------------------------------------------------------------------------------
 // Forward
 
-constexpr int kPanelUnits = kSumRows / 4;  // units of which a panel's scratch has room for the four sums
+constexpr int kPanelUnits = kSumRows / 4;  // units of a panel at most: its scratch holds their four sums
 constexpr int kPanelBytes = 128 << 10;     // bytes of transposed input and state: a part of L2
-constexpr int kDotRows = 128;              // rows of which scratch has room for the sums of dots
+constexpr int kDotRows = 128;              // rows of a task of dots at most: its scratch holds their sums
 
 // What a unit of a row costs, as a dot or in a panel of several vectors of rows (wide) or of one (narrow),
 // in hundredths of a multiply-add: so much for each factor of the depth, and so much beside. Zen 4,
@@ -58,7 +58,7 @@ constexpr int64_t kPageBytes = 4096;  // the hardware prefetcher stops at its en
 constexpr int64_t kEpilogueWork = 50;    // the epilogue's cost, in multiply-adds of each of the four sums
 constexpr int64_t kWeightFetchWork = 2;  // the cost of fetching a weight, in multiply-adds
 
-constexpr int kPackedRows = 256;  // rows of which scratch has room for the sums
+constexpr int kPackedRows = 256;  // rows of a task at most: its scratch holds their sums
 
 // ---------------------------------------------------------------------------------------------------
 // Backward
@@ -73,7 +73,7 @@ constexpr int64_t kPartStates = 32768, kPartBytes = 24 << 20, kPartMultiple = 25
 
 // The products.
 constexpr int64_t kBlockRows = 384;   // by as many columns as leave half of L2 to other things
-constexpr int64_t kScratchRows = 96;  // by as many columns as a scratch for sums has room for
+constexpr int64_t kScratchRows = 96;  // where sums need a scratch, by as many columns as it holds
 // So few rows (of 4 vectors two tiles) leave a block of the right factor no time to be fetched: it is read
 // nearly in the order in which it lies. Zen 4.
 constexpr int64_t kSmallProductTiles = 2, kSmallProductKBlock = 32;

@@ -128,7 +128,7 @@ const char* forward_small_batch(const Forward<T>& p, const Device& device) {
                        in_vectors(p.weight_ih, p.I, p.I) && in_vectors(p.weight_hh, p.H, p.H);
   const auto run = [&](auto rows, auto width) {
     constexpr int R = decltype(rows)::value, N = decltype(width)::value;
-    // As many warps a unit as find work and a multiprocessor has room for, whatever the batch.
+    // As many warps a unit as have work and fit the multiprocessors, whatever the batch.
     unsigned warps = 1;
     while (warps < 8 && 2 * warps * kWarp * N <= p.I + p.H &&
            2 * warps * p.H <= 16 * device.multiprocessors)
