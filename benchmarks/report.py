@@ -190,7 +190,7 @@ def targets(data: Json) -> str:
         "gradients (measured at B <= 8, H <= 64), and then as long as the roofline says. AVX2: "
         "both cells in a process that is held to it."
     )
-    return f"{setting(data, rows)} {note}\n\n{verdict_table(verdicts(data, rows))}"
+    return f"{setting(data, rows)}\n\n{note}\n\n{verdict_table(verdicts(data, rows))}"
 
 
 def second_order(data: Json) -> str:

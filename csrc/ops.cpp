@@ -5,8 +5,8 @@
 //   lstm_cell_forward              cpu/cell       cuda/cell  cell                    second_order  yes
 //   lstm_cell_backward             cpu/cell       cuda/cell  cell                    cell          yes
 //   lstm_cell_backward_reuse_gates cpu/cell       cuda/cell  cell                    cell          yes
-//   lstm_cell_gradients            second_order, of lstm_cell_backward  second_order second_order
-//   lstm_cell_tangents             second_order, of products and the next            second_order
+//   lstm_cell_gradients            second_order   the same   second_order            second_order
+//   lstm_cell_tangents             second_order   the same   second_order            second_order
 //   lstm_cell_unit_tangents        cpu/tangents   composed
 //   lstm_cell_packed               cpu/packed                cpu/packed    cpu/packed              yes
 //
@@ -48,10 +48,9 @@ TORCH_LIBRARY(lstmfused, m) {
   // place.
   m.def(
       "lstm_cell_backward_reuse_gates(Tensor? grad_h, Tensor? grad_c, Tensor(a!) gates, Tensor? input, "
-      "Tensor? hx, "
-      "Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor grad_input, "
-      "Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
-      "Tensor grad_bias_hh)",
+      "Tensor? hx, Tensor cx, Tensor? weight_ih, Tensor? weight_hh, bool[7] output_mask) -> (Tensor "
+      "grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor "
+      "grad_bias_ih, Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
   // As lstm_cell_backward. The arguments are the seven of lstm_cell, and their gates are known: derivatives
   // are those with respect to the arguments, on which the gates depend, and there is none to the gates.
