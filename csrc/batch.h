@@ -11,10 +11,10 @@ namespace lstmfused {
 // In forward mode. torch's own question, isFwGradDefined, takes a copy of the tensor to be asked.
 inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
-// (B, H) zeros beside x (B, I). Of many, one row stands for all: torch fills so much in parallel, which
+// (B, H) zeros beside x (..., B, I). Of many, one row stands for all: torch fills so much in parallel, which
 // would hang after fork. A subclass, as DTensor is, makes zeros of its own kind.
 inline Tensor zero_state(const Tensor& x, const c10::SymInt& units, at::ScalarType dtype) {
-  const c10::SymInt batch = x.sym_size(0);
+  const c10::SymInt batch = x.sym_size(-2);
   if (x.unsafeGetTensorImpl()->is_python_dispatch()) return x.new_zeros_symint({batch, units}, dtype);
   const auto rows = batch.maybe_as_int(), columns = units.maybe_as_int();
   constexpr int64_t kParallel = 32768;
@@ -49,6 +49,16 @@ template <class Body>
 State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                  const Tensor& weight_hh, const Body& body) {
   return with_batch(input, hx, cx, [&] { return weight_hh.sym_size(-1); }, body);
+}
+
+// Of a layer: body gets the states before all steps, each (B, H).
+template <class Body>
+auto with_states(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                 const Tensor& weight_hh, const Body& body) {
+  check_layer_ranks(input, hx, cx, weight_hh);
+  if (hx) return body(*hx, *cx);
+  const Tensor zeros = zero_state(input, weight_hh.sym_size(1), input.scalar_type());
+  return body(zeros, zeros);
 }
 
 }  // namespace lstmfused

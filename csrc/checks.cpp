@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <ATen/ops/new_empty.h>
+#include <ATen/ops/select.h>
 #include <c10/util/Exception.h>
 
 #include "lstm.h"
@@ -138,6 +140,69 @@ void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const T
   check_like("weight_hh", weight_hh, input);
   if (bias_ih && bias_ih->defined()) check_like("bias_ih", *bias_ih, input);
   if (bias_hh && bias_hh->defined()) check_like("bias_hh", *bias_hh, input);
+}
+
+void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight_hh) {
+  TORCH_CHECK(input.dim() == 3, "lstm_layer: expected input of shape [steps, batch, input], got ",
+              input.sym_sizes());
+  TORCH_CHECK(hx.has_value() == cx.has_value(),
+              "lstm_layer expects two hidden states, h and c, or none of them");
+  TORCH_CHECK(weight_hh.dim() == 2, "lstm_layer: expected weight_hh of shape [4 * units, units], got ",
+              weight_hh.sym_sizes());
+}
+
+void check_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                 const OptionalTensor& mask) {
+  check_layer_ranks(input, hx, cx, weight_hh);
+  const bool any = symbolic(input) || input.size(0) == 0;
+  const Tensor step =
+      any ? input.new_empty_symint({input.sym_size(1), input.sym_size(2)}) : input.select(0, 0);
+  check_step(step, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  if (!mask || !mask->defined()) return;
+  check_place("mask", *mask, input);
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 2 &&
+                  mask->sym_size(0) == input.sym_size(0) && mask->sym_size(1) == input.sym_size(1),
+              "lstm_layer: expected mask of shape [", input.sym_size(0), ", ", input.sym_size(1),
+              "] in Byte, got ", mask->sym_sizes(), " in ", mask->scalar_type());
+}
+
+void check_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
+                          const OptionalTensor& grad_c, const OptionalTensor& grad_cells,
+                          const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
+                          const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
+                          const OptionalTensor& mask, const Wanted& wanted) {
+  TORCH_CHECK(gates.dim() == 3 && gates.size(2) % 4 == 0,
+              "lstm_layer: expected gates of shape [steps, batch, 4 * units], got ", gates.sizes());
+  const int64_t T = gates.size(0), B = gates.size(1), H = gates.size(2) / 4;
+  const auto check = [&](const char* name, const OptionalTensor& tensor, at::IntArrayRef shape,
+                         const Tensor& like) {
+    if (!tensor || !tensor->defined()) return;
+    TORCH_CHECK(tensor->sizes() == shape, "lstm_layer: expected ", name, " of shape ", shape, ", got ",
+                tensor->sizes());
+    check_like(name, *tensor, like, "hidden or cells");
+  };
+  check("hidden", hidden, {T + 1, B, H}, gates);
+  check_cell("cells", cells, hidden);
+  check("cells", cells, {T + 1, B, H}, cells);
+  check("grad_output", grad_output, {T, B, H}, hidden);
+  check("grad_h", grad_h, {B, H}, hidden);
+  check("grad_c", grad_c, {B, H}, cells);
+  check("grad_cells", grad_cells, {T, B, H}, cells);
+  check("weight_hh", weight_hh, {4 * H, H}, hidden);
+  const int64_t I = input && input->dim() == 3         ? input->size(2)
+                    : weight_ih && weight_ih->dim() == 2 ? weight_ih->size(1)
+                                                         : 0;
+  check("input", input, {T, B, I}, hidden);
+  check("weight_ih", weight_ih, {4 * H, I}, hidden);
+  if (mask) {
+    check_place("mask", *mask, hidden);
+    TORCH_CHECK(mask->scalar_type() == at::kByte && mask->sizes() == at::IntArrayRef({T, B}),
+                "lstm_layer: expected mask of shape [", T, ", ", B, "] in Byte, got ", mask->sizes(), " in ",
+                mask->scalar_type());
+  }
+  check_needed(input, hidden, weight_ih, weight_hh, wanted);
 }
 
 void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,

@@ -25,6 +25,22 @@ void check_shapes(const Tensor& input, const Tensor& hx, const Tensor& cx, const
 void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 
+// A layer: input (T, B, I), states (B, H), or none of them.
+void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight_hh);
+
+// The same, and what check_step checks of each step; mask uint8 (T, B).
+void check_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                 const OptionalTensor& mask);
+
+// A layer backward: gates (T, B, 4H), hidden and cells (T + 1, B, H).
+void check_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
+                          const OptionalTensor& grad_c, const OptionalTensor& grad_cells,
+                          const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
+                          const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
+                          const OptionalTensor& mask, const Wanted& wanted);
+
 // One step on batched tensors from packed weights, see struct Packed in lstm.h.
 void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
                   const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units,

@@ -52,12 +52,18 @@ struct Step {
   T* c;      // (B, H)
   T* gates;  // (B, 4H) activated gates, or null when no gradient is wanted
   bool wide_cell = false;
-  // For sequences, on the CPU. What the input adds to the gates before activation, where it has been
-  // multiplied for all steps at once: (B, 4H), or null.
+  // For sequences, on the CPU. What input and biases add to the gates before activation, which is made for
+  // many steps at once: (B, 4H), or null. Rows lie 4H apart.
+  //
+  // Written, and nothing else: h, c, hx and cx are not looked at.
+  Accumulate<T>* sums = nullptr;
+  // Read, and added to what the state adds; may be where gates are written.
   const Accumulate<T>* starting_sums = nullptr;
-  int64_t starting_sums_stride = 0;
   // (B), or null. A reset drops the sums that this step has formed, so I is 0 where it occurs.
   const RowMask* mask = nullptr;
+
+  // Factors of the state in the sums.
+  int64_t state_depth() const { return sums ? 0 : H; }
 };
 
 template <class T>
@@ -90,7 +96,7 @@ struct Backward {
   int64_t grad_h_stride;
   const T* grad_c;  // (B, H) or null for zeros
   int64_t grad_c_stride;
-  const T* gates;  // (B, 4H)
+  const T* gates;  // (B, 4H), or null where grad_gates are given: the products with them are left
   const T* input;  // (B, I) or null where grad_weight_ih is
   int64_t input_stride;
   const T* hx;  // (B, H) or null where grad_weight_hh is
@@ -98,7 +104,7 @@ struct Backward {
   const T* cx;  // (B, H)
   int64_t cx_stride;
   const T* weight_ih;         // (4H, I) or null where grad_input is
-  const T* weight_hh;         // (4H, H) or null where grad_hx is
+  const T* weight_hh;         // (4H, H) or null where grad_hx is, or where all rows are skipped
   int64_t rows;               // that grad_gates has: of the whole batch, or of a part of it at a time
   X* grad_gates;              // (rows, 4H) scratch, or gates themselves, which are overwritten
   int64_t grad_gates_stride;  // at least 4H
@@ -112,9 +118,14 @@ struct Backward {
   T* grad_bias_ih;
   T* grad_bias_hh;
   bool wide_cell = false;
-  // (B), or null; on the CPU. Where a row is reset, hx is zero in the product of grad_weight_hh: the caller
-  // gives it so.
+  // For sequences, on the CPU.
+  //
+  // (B), or null. Where a row is reset, hx is zero in the product of grad_weight_hh: the caller gives it so.
   const RowMask* mask = nullptr;
+  // (B, H), or null: what the next step adds to grad_h and grad_c.
+  const T* next_grad_h = nullptr;
+  const T* next_grad_c = nullptr;
+  bool accumulate = false;  // add to the gradients of weights and biases; where T holds sums
 };
 
 // The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums

@@ -9,16 +9,22 @@
 //   lstm_cell_tangents             second_order   the same   second_order            second_order
 //   lstm_cell_unit_tangents        cpu/tangents   composed
 //   lstm_cell_packed               cpu/packed                cpu/packed    cpu/packed              yes
+//   lstm_layer                     cpu/layer      stepped    layer         autocast  _ops/vmap.py  yes
+//   lstm_layer_forward             cpu/layer      stepped    layer                                 yes
+//   lstm_layer_backward            cpu/layer      stepped    layer                                 yes
 //
-// autograd/ has cell, autocast, second_order and composed; lstmfused/_ops/fake.py the fake kernels;
-// python.cpp the bindings.
+// autograd/ has cell, layer, autocast, second_order, composed and stepped, the layer as a loop over the
+// cell; lstmfused/_ops/fake.py the fake kernels; python.cpp the bindings.
 //
 // lstm_cell is the step, batched or not; what autograd makes of it is lstm_cell_forward, which also returns
 // the gates, and lstm_cell_backward. lstm_cell_gradients are the same gradients, to be differentiated
 // again, by lstm_cell_tangents: directional derivatives of step and gradients, of which
 // lstm_cell_unit_tangents is the part without products.
 //
-// Shapes: B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
+// lstm_layer is T steps in one direction; lstm_layer_forward and lstm_layer_backward are what autograd makes
+// of it.
+//
+// Shapes: T steps, B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -76,6 +82,27 @@ TORCH_LIBRARY(lstmfused, m) {
   m.def(
       "lstm_cell_packed(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
       "int input_size, int hidden_size, int format) -> (Tensor h, Tensor c)",
+      {at::Tag::pt2_compliant_tag});
+  // input (T, B, I), hx and cx (B, H). mask (T, B) has a RowMask, see lstm.h, for each row of each step. With
+  // reverse the last step comes first; output is the state after each step, h and c are those after the
+  // last one that was taken, cells (T, B, H) each c if cell_states, else without an element.
+  m.def(
+      "lstm_layer(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor? mask, bool reverse, bool cell_states) -> (Tensor output, "
+      "Tensor h, Tensor c, Tensor cells)",
+      {at::Tag::pt2_compliant_tag});
+  // hidden and cells (T + 1, B, H) begin, or with reverse end, with hx and cx.
+  m.def(
+      "lstm_layer_forward(Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor? mask, bool reverse) -> (Tensor hidden, Tensor cells, "
+      "Tensor gates)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor? grad_cells, "
+      "Tensor? input, Tensor hidden, Tensor cells, Tensor gates, Tensor? weight_ih, Tensor weight_hh, "
+      "Tensor? mask, bool reverse, bool[7] output_mask) -> (Tensor grad_input, Tensor grad_hx, "
+      "Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
+      "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -160,6 +187,42 @@ State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const Opti
                        int64_t input_size, int64_t hidden_size, int64_t format) {
   LSTMFUSED_HANDLE(lstm_cell_packed);
   return handle.call(input, hx, cx, weight, bias, scale, input_size, hidden_size, format);
+}
+
+LayerStates lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                       const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse,
+                       bool cell_states) {
+  LSTMFUSED_HANDLE(lstm_layer);
+  return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse, cell_states);
+}
+
+LayerStates redispatch_lstm_layer(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                                  const OptionalTensor& cx, const Tensor& weight_ih,
+                                  const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                                  const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse,
+                                  bool cell_states) {
+  LSTMFUSED_HANDLE(lstm_layer);
+  return handle.redispatch(keys, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse,
+                           cell_states);
+}
+
+LayerForward lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                const Tensor& weight_ih, const Tensor& weight_hh,
+                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                const OptionalTensor& mask, bool reverse) {
+  LSTMFUSED_HANDLE(lstm_layer_forward);
+  return handle.call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
+}
+
+Gradients lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
+                              const OptionalTensor& grad_c, const OptionalTensor& grad_cells,
+                              const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
+                              const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
+                              const OptionalTensor& mask, bool reverse, std::array<bool, 7> output_mask) {
+  LSTMFUSED_HANDLE(lstm_layer_backward);
+  return handle.call(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates, weight_ih,
+                     weight_hh, mask, reverse, output_mask);
 }
 
 }  // namespace lstmfused

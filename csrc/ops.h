@@ -18,6 +18,9 @@ using State = std::tuple<Tensor, Tensor>;                                       
 using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                              // h, c, gates
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
 
+using LayerStates = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // output, h, c, cells
+using LayerForward = std::tuple<Tensor, Tensor, Tensor>;         // hidden, cells, gates
+
 // The seven arguments of a step, in the order of the schema, or something for each of them; an absent bias
 // is undefined.
 enum Argument { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
@@ -77,6 +80,30 @@ State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const Opti
                        const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
                        int64_t input_size, int64_t hidden_size, int64_t format);
 
+// A layer: T steps in one direction.
+LayerStates lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                       const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse,
+                       bool cell_states);
+LayerStates redispatch_lstm_layer(c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& hx,
+                                  const OptionalTensor& cx, const Tensor& weight_ih,
+                                  const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                                  const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse,
+                                  bool cell_states);
+LayerForward lstm_layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                                const Tensor& weight_ih, const Tensor& weight_hh,
+                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                const OptionalTensor& mask, bool reverse);
+Gradients lstm_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
+                              const OptionalTensor& grad_c, const OptionalTensor& grad_cells,
+                              const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
+                              const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
+                              const OptionalTensor& mask, bool reverse, std::array<bool, 7> output_mask);
+
+// What lstm_layer returns, of buffers of T + 1 states; cells are kept for every step only if cell_states.
+// None shares memory that is written with another.
+LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse, bool cell_states);
+
 // torch's own cell, for the dtypes without kernels: see has_kernel.
 State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                       const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -104,6 +131,11 @@ void set_batch_invariant(bool on);
 void check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                      const OptionalTensor& bias_hh);
+
+// The same for lstm_layer.
+void check_lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                      const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                      const OptionalTensor& bias_hh, const OptionalTensor& mask);
 
 void check_lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                             const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,

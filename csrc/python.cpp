@@ -20,29 +20,35 @@ namespace {
 // pybind11, too, would take longer than a small step computes.
 
 struct Names {
-  const char *op, *arguments[9];
+  const char *op, *arguments[10];
 };
 constexpr Names kStep{"lstm_cell",
                       {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"}};
 constexpr Names kPacked{
     "lstm_cell_packed",
     {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "input_size", "hidden_size", "format"}};
+constexpr Names kLayer{"lstm_layer",
+                       {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "mask",
+                        "reverse", "cell_states"}};
 
 template <class T>
-void check(PyObject* object, const char* name) {
-  if constexpr (!std::is_same_v<T, int64_t>) {
+constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>;
+
+template <class T>
+void check(PyObject* object, const Names& names, const char* name) {
+  if constexpr (is_tensor<T>) {
     const bool none = std::is_same_v<T, OptionalTensor> && object == Py_None;
     // What is no Tensor may know what to do with a call, as torch.fx's Proxy does.
     TORCH_CHECK_TYPE(
         none || THPVariable_Check(object) || PyObject_HasAttrString(object, "__torch_function__"),
-        "lstm_cell(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
+        names.op, "(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
   }
 }
 
 // Whether no one asks to see the call in Python: no subclass of Tensor, no mode.
 template <class T>
 bool plain(PyObject* object) {
-  return std::is_same_v<T, int64_t> || object == Py_None || THPVariable_CheckExact(object);
+  return !is_tensor<T> || object == Py_None || THPVariable_CheckExact(object);
 }
 
 // What Python holds, uncounted: the first owner beside Python costs a call back into it, and so does the
@@ -70,6 +76,12 @@ struct Borrowed<int64_t> {
   explicit Borrowed(PyObject* object) : value(THPUtils_unpackLong(object)) {}
 };
 
+template <>
+struct Borrowed<bool> {
+  bool value;
+  explicit Borrowed(PyObject* object) : value(object == Py_True) {}
+};
+
 // So small that the step ends before another thread would have noticed that the GIL is free.
 bool is_small(const Tensor& tensor) {
   constexpr int64_t kSmall = 1 << 16;
@@ -78,37 +90,41 @@ bool is_small(const Tensor& tensor) {
 }
 bool is_small(const OptionalTensor& tensor) { return !tensor || is_small(*tensor); }
 bool is_small(int64_t) { return true; }
+bool is_small(bool) { return false; }  // of a layer, which has many steps
 
-template <class... Arguments>
-State call(State (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {
+template <class Result, class... Arguments>
+Result call(Result (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {
   if ((is_small(given.value) && ...)) return step(given.value...);
   const std::tuple<std::decay_t<Arguments>...> kept{given.value...};  // whatever others do meanwhile
   const pybind11::gil_scoped_release no_gil;
   return std::apply(step, kept);
 }
 
-template <class... Arguments, size_t... I>
-PyObject* checked_call(State (*step)(Arguments...), const Names& names, PyObject* const* objects,
+template <class Result, class... Arguments, size_t... I>
+PyObject* checked_call(Result (*step)(Arguments...), const Names& names, PyObject* const* objects,
                        Py_ssize_t count, std::index_sequence<I...>) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == sizeof...(I), "lstm_cell() takes ", sizeof...(I), " arguments, got ", count);
-  (check<std::decay_t<Arguments>>(objects[I], names.arguments[I]), ...);
+  TORCH_CHECK_TYPE(count == sizeof...(I), names.op, "() takes ", sizeof...(I), " arguments, got ", count);
+  (check<std::decay_t<Arguments>>(objects[I], names, names.arguments[I]), ...);
   if (at::impl::torch_function_mode_enabled() || !(plain<std::decay_t<Arguments>>(objects[I]) && ...)) {
     const pybind11::object op =
         pybind11::module_::import("torch").attr("ops").attr("lstmfused").attr(names.op);
     return PyObject_Vectorcall(op.ptr(), objects, count, nullptr);
   }
-  State next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
-  THPObjectPtr pair(PyTuple_New(2));
-  if (!pair) throw python_error();
-  PyTuple_SET_ITEM(pair.get(), 0, THPVariable_Wrap(std::move(std::get<0>(next))));
-  PyTuple_SET_ITEM(pair.get(), 1, THPVariable_Wrap(std::move(std::get<1>(next))));
-  return pair.release();
+  Result next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
+  THPObjectPtr tuple(PyTuple_New(std::tuple_size_v<Result>));
+  if (!tuple) throw python_error();
+  std::apply(
+      [&, i = 0](auto&... tensor) mutable {
+        (PyTuple_SET_ITEM(tuple.get(), i++, THPVariable_Wrap(std::move(tensor))), ...);
+      },
+      next);
+  return tuple.release();
   END_HANDLE_TH_ERRORS
 }
 
-template <class... Arguments>
-constexpr std::index_sequence_for<Arguments...> indices(State (*)(Arguments...)) {
+template <class Result, class... Arguments>
+constexpr std::index_sequence_for<Arguments...> indices(Result (*)(Arguments...)) {
   return {};
 }
 
@@ -124,6 +140,7 @@ PyMethodDef method() {
 PyMethodDef methods[] = {
     method<lstm_cell, kStep>(),
     method<lstm_cell_packed, kPacked>(),
+    method<lstm_layer, kLayer>(),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -136,6 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("has_kernel", &lstmfused::has_kernel);
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
+  m.def("check_lstm_layer", &lstmfused::check_lstm_layer);
   m.def("check_lstm_cell_packed", &lstmfused::check_lstm_cell_packed);
   m.def("batch_invariant", &lstmfused::batch_invariant);
   m.def("set_batch_invariant", &lstmfused::set_batch_invariant);

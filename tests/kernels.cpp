@@ -97,8 +97,7 @@ static void check(const char* name, const vector<T>& actual, const vector<double
 
 // ---------------------------------------------------------------------------------------------------
 
-static void run_in_reverse(int64_t tasks, int64_t, void (*task)(const void*, int64_t),
-                           const void* context) {
+static void run_in_reverse(int64_t tasks, int64_t, Task task, const void* context, void*) {
   for (int64_t i = tasks; i-- > 0;) task(context, i);
 }
 

@@ -38,14 +38,6 @@ bool last_use(const AutogradContext& context, const Tensor& gates) {
          torch::autograd::get_current_node()->post_hooks().empty();
 }
 
-// By make_fx, say, into a graph whose gradients may be differentiated again; AOTAutograd's never are.
-bool traced() {
-  using Modes = c10::impl::TorchDispatchModeTLS;
-  using c10::impl::TorchDispatchModeKey;
-  return Modes::stack_len() && Modes::get_mode(TorchDispatchModeKey::PROXY) &&
-         !Modes::get_mode(TorchDispatchModeKey::FUNCTIONAL);
-}
-
 // What first gradients take, and no more: the gradient of a factor takes the other one. All of it where
 // others differentiate beside this node, levels below or a traced graph, which must find what the gates are
 // made of. The gates come last.
@@ -62,17 +54,6 @@ void save(AutogradContext* context, const Tensor& input, const Tensor& hx, const
                               beside(weight_hh, hx), bias(bias_ih), bias(bias_hh), gates});
   if (const int64_t absent = !bias_ih + 2 * !bias_hh) context->saved_data[kAbsent] = absent;
   if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) context->saved_data[kHooked] = true;
-}
-
-// In the place of an argument that was not saved, by its edge in the graph.
-Tensor stand_in(const Tensor& gates, size_t edge) {
-  const auto step = torch::autograd::get_current_node();
-  TORCH_CHECK_NOT_IMPLEMENTED(step, "lstm_cell: compiled autograd cannot create a graph");
-  const auto& next = step->next_edge(edge);
-  if (!next.is_valid()) return {};
-  const Tensor result = at::empty({}, gates.options());
-  torch::autograd::impl::set_gradient_edge(result, next);
-  return result;
 }
 
 struct Step : torch::autograd::Function<Step> {
@@ -104,7 +85,7 @@ struct Step : torch::autograd::Function<Step> {
       Arguments arguments;
       for (int i = 0; i < kArguments; i++) {
         arguments[i] = std::move(saved[i]);
-        if (graph && !arguments[i].defined() && edges[i] >= 0) arguments[i] = stand_in(gates, edges[i]);
+        if (graph && !arguments[i].defined() && edges[i] >= 0) arguments[i] = stand_in(at::empty({}, gates.options()), edges[i]);
       }
       result = lstm_cell_gradients(optional(grads[0]), optional(grads[1]), list(arguments), gates, wanted);
     } else {
@@ -239,6 +220,29 @@ Gradients backward_reusing_gates(const OptionalTensor& grad_h, const OptionalTen
 }
 
 }  // namespace
+
+bool traced() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  using c10::impl::TorchDispatchModeKey;
+  return Modes::stack_len() && Modes::get_mode(TorchDispatchModeKey::PROXY) &&
+         !Modes::get_mode(TorchDispatchModeKey::FUNCTIONAL);
+}
+
+Tensor stand_in(const Tensor& numbers, size_t edge) {
+  const auto node = torch::autograd::get_current_node();
+  TORCH_CHECK_NOT_IMPLEMENTED(node, "lstm_cell: compiled autograd cannot create a graph");
+  const auto& next = node->next_edge(edge);
+  if (!next.is_valid()) return {};
+  const Tensor result = numbers.detach();
+  torch::autograd::impl::set_gradient_edge(result, next);
+  return result;
+}
+
+State recorded_step(const Arguments& a, const StateAndGates& done) {
+  variable_list state = apply_function<Step>(a[kInput], a[kHx], a[kCx], a[kWeightIh], a[kWeightHh],
+                                             optional(a[kBiasIh]), optional(a[kBiasHh]), done);
+  return {std::move(state[0]), std::move(state[1])};
+}
 
 State lstm_cell_composed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
                          const Tensor& weight_hh, const OptionalTensor& bias_ih,

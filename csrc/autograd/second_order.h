@@ -82,6 +82,17 @@ inline bool whole(const Arguments& arguments) {
   return true;
 }
 
+// The numbers as what an argument of the node that runs now was, by its edge in the graph: in the place of
+// one that was not saved. Undefined where it has no edge.
+Tensor stand_in(const Tensor& numbers, size_t edge);
+
+// Whether a graph is traced, by make_fx, say, whose gradients may be differentiated again; AOTAutograd's
+// never are.
+bool traced();
+
+// A step that is done, as a node of the graph.
+State recorded_step(const Arguments& arguments, const StateAndGates& done);
+
 // Known gates as a function of the arguments, to be differentiated to any order.
 Tensor with_history(const Tensor& gates, const Arguments& arguments);
 

@@ -10,17 +10,6 @@
 namespace lstmfused {
 namespace {
 
-template <class F>
-auto with_kernels(at::ScalarType dtype, F&& f) {
-  const Kernels& kernels = cpu_kernels();
-  switch (dtype) {
-    case at::kFloat: return f(kernels.f32);
-    case at::kDouble: return f(kernels.f64);
-    case at::kBFloat16: return f(kernels.bf16);
-    default: return f(kernels.f16);  // checks.cpp admits no other
-  }
-}
-
 // gates are undefined where they are not wanted.
 State compute(const ForwardTensors& given, const Tensor& gates) {
   const at::ScalarType dtype = given.input->scalar_type();
@@ -29,7 +18,18 @@ State compute(const ForwardTensors& given, const Tensor& gates) {
   if (h.numel())
     with_kernels(dtype, [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
-      kernels.forward(given.with<T>(h, c, gates), pool());
+      Forward<T> p = given.with<T>(h, c, gates);
+      Tensor sums;
+      if (p.batch_invariant) {  // the order of sums is that of a layer, which makes those of the input first
+        sums = empty_cpu({given.B, 4 * given.H}, at::toOpMathType(dtype));
+        Forward<T> inputs = p;
+        inputs.sums = out<Accumulate<T>>(sums);
+        kernels.forward(inputs, pool());
+        p.I = 0;
+        p.bias_ih = p.bias_hh = nullptr;
+        p.starting_sums = inputs.sums;
+      }
+      kernels.forward(p, pool());
     });
   return {h, c};
 }

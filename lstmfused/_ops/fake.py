@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,15 @@ def _fake_backward(
     wide = input if input is not None else weight_ih
     I = 0 if wide is None else wide.shape[1]
     shapes = [(B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+    return _wanted(shapes, output_mask, gates, cx)
+
+
+def _wanted(
+    shapes: list[tuple[Any, ...]], output_mask: list[bool], like: Tensor, cell: Tensor
+) -> tuple[Tensor, ...]:
+    """The seven gradients, of which that of cx is of the dtype of ``cell``."""
     return tuple(
-        (cx if index == 2 else gates).new_empty(shape if wanted else (0,))
+        (cell if index == 2 else like).new_empty(shape if wanted else (0,))
         for index, (shape, wanted) in enumerate(zip(shapes, output_mask, strict=True))
     )
 
@@ -75,8 +84,60 @@ def _fake_packed(
     return input.new_empty(shape), input.new_empty(shape)
 
 
+def _fake_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mask: Tensor | None,
+    reverse: bool,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _C.check_lstm_layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask)
+    (T, B, _), H = input.shape, weight_hh.shape[1]
+    cell = input if cx is None else cx
+    every = cell.new_empty((T, B, H) if cell_states else (0,))
+    return input.new_empty(T, B, H), input.new_empty(B, H), cell.new_empty(B, H), every
+
+
+def _fake_layer_forward(
+    input: Tensor, hx: Tensor, cx: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    (T, B, _), H = input.shape, hx.shape[1]
+    states = (T + 1, B, H)
+    return input.new_empty(states), cx.new_empty(states), input.new_empty(T, B, 4 * H)
+
+
+def _fake_layer_backward(
+    grad_output: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    grad_cells: Tensor | None,
+    input: Tensor | None,
+    hidden: Tensor,
+    cells: Tensor,
+    gates: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    T, B, _ = gates.shape
+    wide = input if input is not None else weight_ih
+    (H, I) = hidden.shape[2], 0 if wide is None else wide.shape[-1]
+    shapes = [(T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+    return _wanted(shapes, output_mask, hidden, cells)
+
+
 torch.library.register_fake("lstmfused::lstm_cell", _fake_step)
 torch.library.register_fake("lstmfused::lstm_cell_forward", _fake_forward)
 torch.library.register_fake("lstmfused::lstm_cell_backward", _fake_backward)
 torch.library.register_fake("lstmfused::lstm_cell_backward_reuse_gates", _fake_backward)
 torch.library.register_fake("lstmfused::lstm_cell_packed", _fake_packed)
+torch.library.register_fake("lstmfused::lstm_layer", _fake_layer)
+torch.library.register_fake("lstmfused::lstm_layer_forward", _fake_layer_forward)
+torch.library.register_fake("lstmfused::lstm_layer_backward", _fake_layer_backward)

@@ -8,6 +8,15 @@
 namespace lstmfused {
 namespace LSTMFUSED_VARIANT {
 
+// The gradient of h, of a row and the units from u on.
+template <class T, class A = Accumulate<T>>
+LSTMFUSED_INLINE Vec<A> grad_of_h(const Backward<T>& p, int64_t row, int64_t u) {
+  const int64_t n = p.H - u;
+  Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
+  if (p.next_grad_h) grad_h += load_upto(p.next_grad_h + row * p.H + u, n);
+  return grad_h;
+}
+
 // A part of the batch: rows from `begin` on, whose gate gradients begin at grad_gates.
 //
 // Gate gradients of some of its rows, which may overwrite their gates, and the gradient of cx.
@@ -24,8 +33,9 @@ static void gate_gradients(const Backward<T>& p, Range part, Range rows) {
                              load_upto(gates + 3 * p.H, n)};
     const Vec<A> c =
         mask == RowMask::kReset ? Vec<A>{} : load_cell(p.cx, row * p.cx_stride + u, n, p.wide_cell);
-    const Vec<A> grad_h = p.grad_h ? load_upto(p.grad_h + row * p.grad_h_stride + u, n) : Vec<A>{};
+    const Vec<A> grad_h = grad_of_h(p, row, u);
     Vec<A> grad_c = p.grad_c ? load_cell(p.grad_c, row * p.grad_c_stride + u, n, p.wide_cell) : Vec<A>{};
+    if (p.next_grad_c) grad_c += load_cell(p.next_grad_c, row * p.H + u, n, p.wide_cell);
     const Vec<A> skipped_grad_c = grad_c;
     Gates<Vec<A>> grad = step_backward<Math>(gate, c, grad_h, grad_c);
     if (mask == RowMask::kReset) grad_c = Vec<A>{};
@@ -49,6 +59,12 @@ static void gate_gradients(const Backward<T>& p, Range part, Range rows) {
       for (int64_t r = begin; r < end && r < begin + count; r++) states(r, u);
 }
 
+// Whether a part adds to the gradients of weights and biases that others have begun.
+template <class T>
+static bool adds(const Backward<T>& p, Range part) {
+  return part.begin || p.accumulate;
+}
+
 // The gradient of both biases (4H) = or += the sum of grad_gates over the rows of a part, for one panel's
 // width of gates; like a product's sums, anew for every kKBlock rows.
 template <class T>
@@ -60,7 +76,7 @@ static void bias_gradient(const Backward<T>& p, Range part, int64_t column) {
   const T* before = outs[0] ? outs[0] : outs[1];
   for (int v = 0; v < kPanel && v * N < n; v++) {
     const int64_t at = column + v * N;
-    Vec<A> total = part.begin ? load_upto(before + at, n - v * N) : Vec<A>{};
+    Vec<A> total = adds(p, part) ? load_upto(before + at, n - v * N) : Vec<A>{};
     for (int64_t begin = 0; begin < part.size; begin += kKBlock) {
       const int64_t end = begin + kKBlock < part.size ? begin + kKBlock : part.size;
       Vec<A> sum{};
@@ -79,10 +95,9 @@ static void masked_state_gradients(const Backward<T>& p, Range part) {
   using A = Accumulate<T>;
   for (int64_t row = part.begin; row < part.begin + part.size; row++) {
     if (p.mask[row] == RowMask::kStep) continue;
-    const T* grad_h =
-        p.mask[row] == RowMask::kSkip && p.grad_h ? p.grad_h + row * p.grad_h_stride : nullptr;
     for (int64_t u = 0; u < p.H; u += kLanes<A>)
-      store_upto(p.grad_hx + row * p.H + u, grad_h ? load_upto(grad_h + u, p.H - u) : Vec<A>{}, p.H - u);
+      store_upto(p.grad_hx + row * p.H + u,
+                 p.mask[row] == RowMask::kSkip ? grad_of_h(p, row, u) : Vec<A>{}, p.H - u);
   }
 }
 
@@ -127,14 +142,14 @@ struct alignas(64) GradientTasks {
  private:
   // (rows, N) = grad_gates @ weight
   Product<T, Rows<A>> of_rows_product(const T* weight, T* out, int64_t N) const {
-    T* const rows = out ? out + part.begin * N : nullptr;
+    T* const rows = out && weight ? out + part.begin * N : nullptr;
     return {{p.grad_gates, p.grad_gates_stride, 4 * p.H}, weight, N, rows, part.size, N, true};
   }
 
   // (4H, N) = or += grad_gates^T @ from
   Product<T, Columns<A>> of_weight_product(const T* from, int64_t stride, T* out, int64_t N) const {
     const T* const rows = out ? from + part.begin * stride : nullptr;
-    return {{p.grad_gates, p.grad_gates_stride, part.size}, rows, stride, out, 4 * p.H, N, part.begin == 0};
+    return {{p.grad_gates, p.grad_gates_stride, part.size}, rows, stride, out, 4 * p.H, N, !adds(p, part)};
   }
 
   // Whether i, of which the products' tasks are taken, was one of them.
@@ -158,7 +173,7 @@ static void backward_part(const Backward<T>& p, Range part, const Pool& pool) {
     Range part;
     int64_t count;
   } parts{p, part, 4 * pool.threads};
-  pool.run(
+  if (p.gates) pool.run(
       parts.count, part.size * p.H * kGateGradientWork,
       [](const void* context, int64_t i) {
         const Parts& t = *static_cast<const Parts*>(context);

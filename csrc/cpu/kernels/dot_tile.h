@@ -67,7 +67,7 @@ static __attribute__((noinline)) void dot_tile(const Forward<T>& p, int64_t row,
       });
     };
     add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih);
-    add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh);
+    add({p.hx + row * p.hx_stride, p.hx_stride, p.state_depth()}, p.weight_hh);
     each_sum<Unroll - 1, R * 4>([&](int j, int d) LSTMFUSED_INLINED { s[0][d] += s[j + 1][d]; });
     each_sum<1, R * 4>([&](int, int d) LSTMFUSED_INLINED { dots[i * R * 4 + d] = s[0][d]; });
   });

@@ -17,7 +17,7 @@ static void forward_dots(const Forward<T>& p, Range rows, Range units) {
 
   // Units of which all rows are done before the next ones: few where weights stream from DRAM, so that they
   // stay in cache meanwhile.
-  const bool blocked = Streaming && R * (p.I + p.H) * int64_t(sizeof(T)) >= kL1Bytes;
+  const bool blocked = Streaming && R * (p.I + p.state_depth()) * int64_t(sizeof(T)) >= kL1Bytes;
   const int64_t group = !Streaming ? N : blocked ? kStreamingUnits : rows.size > R ? 1 : R;
   for (int64_t u = 0; u < n; u += group) {
     const int64_t size = n - u < group ? n - u : group;

@@ -8,11 +8,16 @@ namespace lstmfused {
 // Runs task(context, i) for every i in [0, tasks), on any thread and in any order. `work` is the cost of
 // them all in multiply-adds: a pool may run little work on the calling thread alone. `cache` is the size of
 // a core's L2 in bytes; it decides how work is cut, never a result.
+using Task = void (*)(const void* context, int64_t i);
 struct Pool {
-  void (*run)(int64_t tasks, int64_t work, void (*task)(const void* context, int64_t i),
-              const void* context);
+  void (*run_on)(int64_t tasks, int64_t work, Task task, const void* context, void* team);
   int64_t threads;
   int64_t cache;
+  void* team = nullptr;  // whoever run_on knows
+
+  void run(int64_t tasks, int64_t work, Task task, const void* context) const {
+    run_on(tasks, work, task, context, team);
+  }
 };
 
 template <class T>

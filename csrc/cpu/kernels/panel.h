@@ -47,14 +47,14 @@ static void forward_panel(const Forward<T>& p, Range rows, Range units) {
   struct Parts {
     Range input, state;
   };
-  const int64_t depth = factors<T>(p.I), K = depth + factors<T>(p.H);
+  const int64_t depth = factors<T>(p.I), K = depth + factors<T>(p.state_depth());
   const auto parts = [&](int64_t begin, int64_t end) -> Parts {  // factors -> numbers
     const auto clamp = [](int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size; };
     const auto part = [&](int64_t offset, int64_t size) -> Range {
       const int64_t first = clamp((begin - offset) * kSpan<T>, size);
       return {first, clamp((end - offset) * kSpan<T>, size) - first};
     };
-    return {part(0, p.I), part(depth, p.H)};
+    return {part(0, p.I), part(depth, p.state_depth())};
   };
   with_constant<kPanel>((rows.size + N - 1) / N, [&](auto V) {
     constexpr int64_t w = V.value * N;

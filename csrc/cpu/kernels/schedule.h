@@ -8,7 +8,7 @@ namespace LSTMFUSED_VARIANT {
 
 template <class T>
 static bool weights_stream(const Forward<T>& p) {
-  return 4 * p.H * (p.I + p.H) * int64_t(sizeof(T)) > kStreamingBytes;
+  return 4 * p.H * (p.I + p.state_depth()) * int64_t(sizeof(T)) > kStreamingBytes;
 }
 
 // The rows at the end of the batch that are dots: all, those that fill no vector, or none. A dot takes
@@ -19,7 +19,7 @@ template <class T>
 static int64_t dot_rows(const Forward<T>& p) {
   constexpr int64_t N = kLanes<Accumulate<T>>;
   const auto whole = [](int64_t n) { return (n + N - 1) / N * N; };
-  const int64_t I = factors<T>(p.I), H = factors<T>(p.H), K = I + H;
+  const int64_t I = factors<T>(p.I), H = factors<T>(p.state_depth()), K = I + H;
   const int64_t depth = whole(I) + whole(H), length = depth == K ? depth : depth * 5 / 4;
   const bool wide = p.B > N;
   const int64_t dot = kDotCost * length + kDotMore, cost = (wide ? kWideCost : kNarrowCost) * K,

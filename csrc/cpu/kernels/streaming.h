@@ -59,8 +59,9 @@ static void streaming_dots(const Forward<T>& p, int64_t row, int64_t tiles, int6
         }
     }
   };
-  add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih, p.weight_hh + u * p.H, p.H);
-  add({p.hx + row * p.hx_stride, p.hx_stride, p.H}, p.weight_hh, p.weight_ih + (u + units) * p.I, p.I);
+  const int64_t H = p.state_depth();
+  add({p.input + row * p.input_stride, p.input_stride, p.I}, p.weight_ih, p.weight_hh + u * H, H);
+  add({p.hx + row * p.hx_stride, p.hx_stride, H}, p.weight_hh, p.weight_ih + (u + units) * p.I, p.I);
   for (int64_t r = 0; r < tiles; r++)
     for (int64_t i = 0; i < units; i++) sum_dots<1, R>(dots[r][i], sums + (r * R * N + i) * 4);
 }

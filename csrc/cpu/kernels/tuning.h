@@ -71,6 +71,9 @@ constexpr int64_t kTangentWork = 250;         // the cost of a state's tangents,
 // share of L3, its rows a multiple of kPartMultiple, which is one of kKBlock. Zen 4.
 constexpr int64_t kPartStates = 32768, kPartBytes = 24 << 20, kPartMultiple = 256;
 
+// Bytes of a sequence's sums or gate gradients, some steps at a time: a share of L2.
+constexpr int64_t kStepsBytes = 1 << 20;
+
 // The products.
 constexpr int64_t kBlockRows = 384;   // by as many columns as leave half of L2 to other things
 constexpr int64_t kScratchRows = 96;  // where sums need a scratch, by as many columns as it holds
@@ -91,6 +94,9 @@ constexpr int64_t kTlbBytes = 8 << 20;
 // Threads and memory
 
 constexpr int64_t kWorkPerThread = 100'000;       // multiply-adds: less is done sooner by one thread alone
+// The same within a sequence, whose threads wait for one another's step already; and how often they look
+// before they let others run.
+constexpr int64_t kWorkPerTeammate = 10'000, kSpins = 4096;
 constexpr int64_t kHugePageTensor = 4 << 20;      // bytes of a tensor that asks for huge pages
 constexpr int64_t kHugePageAlignment = 64 << 10;  // bytes: whole pages wherever these are no larger
 

@@ -1,0 +1,394 @@
+// The layer's operators on CPU tensors: steps in a loop, by the cell's kernels.
+#include <ATen/OpMathType.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../batch.h"
+#include "../tensors.h"
+#include "runtime.h"
+
+namespace lstmfused {
+namespace {
+
+// T steps in one direction.
+struct Steps {
+  int64_t T, B, I, H;
+  bool reverse;
+  const RowMask* mask;  // (T, B) or null
+
+  int64_t rows() const { return T * B; }
+  int64_t states() const { return B * H; }
+  // The time of the step that comes in place k.
+  int64_t time(int64_t k) const { return reverse ? T - 1 - k : k; }
+  // Of T + 1 states, those before and after the step at time t.
+  int64_t before(int64_t t) const { return reverse ? t + 1 : t; }
+  int64_t after(int64_t t) const { return reverse ? t : t + 1; }
+  int64_t work() const { return rows() * 4 * H * (I + H); }
+};
+
+// n steps from place k on, which are those from time `first` on.
+struct Chunk {
+  int64_t k, n, first;
+};
+template <class Body>
+void each_chunk(const Steps& s, int64_t most, const Body& body) {
+  for (int64_t k = 0; k < s.T; k += most) {
+    const int64_t n = std::min(most, s.T - k);
+    body(Chunk{k, n, s.reverse ? s.T - k - n : k});
+  }
+}
+
+struct Rows {
+  int64_t begin, end;
+};
+// The rows that a step does not skip lie within these.
+Rows taken_rows(const RowMask* mask, int64_t B) {
+  if (!mask) return {0, B};
+  Rows rows{0, B};
+  while (rows.begin < B && mask[rows.begin] == RowMask::kSkip) rows.begin++;
+  while (rows.end > rows.begin && mask[rows.end - 1] == RowMask::kSkip) rows.end--;
+  return rows;
+}
+bool has(RowMask what, const RowMask* mask, int64_t rows) {
+  return mask && std::memchr(mask, int(what), rows);
+}
+
+// A buffer of states, whose type is T or, of a wide cell state, another one.
+template <class T>
+struct States {
+  T* at;
+  int64_t size;  // bytes of an element
+
+  explicit States(const Tensor& tensor)
+      : at(const_cast<T*>(in<T>(tensor))), size(tensor.defined() ? tensor.element_size() : 0) {}
+  T* operator[](int64_t i) const {
+    return at ? reinterpret_cast<T*>(reinterpret_cast<char*>(at) + i * size) : nullptr;
+  }
+  void copy(int64_t to, int64_t from, int64_t count) const {
+    if (to != from && count) std::memcpy((*this)[to], (*this)[from], count * size);
+  }
+};
+
+// (B, H) into the rows of a contiguous buffer.
+void copy_rows(const Tensor& from, char* to) {
+  const int64_t bytes = from.size(1) * from.element_size(), stride = from.stride(0) * from.element_size();
+  const char* at = static_cast<const char*>(from.const_data_ptr());
+  for (int64_t row = 0; row < from.size(0); row++) std::memcpy(to + row * bytes, at + row * stride, bytes);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Forward
+
+// hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time hold the initial
+// state. gates (T, B, 4H) are undefined where they are not wanted.
+template <class T>
+void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& given, const Tensor& hidden,
+             const Tensor& cells, const Tensor& gates) {
+  using A = Accumulate<T>;
+  const int64_t G = 4 * s.H, row_bytes = G * int64_t(sizeof(A));
+  const int64_t steps = std::clamp<int64_t>(kStepsBytes / row_bytes / s.B, 1, s.T);
+  T* const out_gates = out<T>(gates);
+  const bool in_place = out_gates && std::is_same_v<T, A>;  // sums, before they become gates
+  const Tensor scratch =
+      in_place ? Tensor()
+               : empty_cpu({steps * s.B, G}, at::toOpMathType(hidden.scalar_type()));
+  const States<T> h(hidden), c(cells);
+  const int64_t keep = cells.size(0) > 1;
+
+  with_team(s.work(), [&](const Pool& pool) {
+    each_chunk(s, steps, [&](const Chunk& chunk) {
+      A* const sums = in_place ? reinterpret_cast<A*>(out_gates) + chunk.first * s.B * G : out<A>(scratch);
+      Forward<T> inputs = given;
+      inputs.B = chunk.n * s.B;
+      inputs.input += chunk.first * s.B * given.input_stride;
+      inputs.hx = inputs.input;  // not looked at
+      inputs.hx_stride = 0;
+      inputs.sums = sums;
+      kernels.forward(inputs, pool);
+
+      for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
+        const int64_t t = s.time(k), before = s.before(t) * s.states(), after = s.after(t) * s.states();
+        const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
+        const Rows rows = taken_rows(mask, s.B);
+        for (const Rows skipped : {Rows{0, rows.begin}, Rows{rows.end, s.B}}) {
+          const int64_t at = skipped.begin * s.H, count = (skipped.end - skipped.begin) * s.H;
+          h.copy(after + at, before + at, count);
+          c.copy(keep * after + at, keep * before + at, count);
+        }
+        if (rows.begin == rows.end) continue;
+        const int64_t row = rows.begin, at = row * s.H;
+        Forward<T> step = given;
+        step.B = rows.end - row;
+        step.I = 0;
+        step.hx = h[before + at];
+        step.hx_stride = step.cx_stride = s.H;
+        step.cx = c[keep * before + at];
+        step.h = h[after + at];
+        step.c = c[keep * after + at];
+        step.gates = out_gates ? out_gates + (t * s.B + row) * G : nullptr;
+        step.bias_ih = step.bias_hh = nullptr;  // among the sums
+        step.starting_sums = sums + ((t - chunk.first) * s.B + row) * G;
+        step.mask = mask ? mask + row : nullptr;
+        kernels.forward(step, pool);
+      }
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Backward
+
+// The rows of `from` (rows, n), zero where the mask has `what`, as a copy in scratch.
+template <class T>
+const T* without(RowMask what, const RowMask* mask, const T* from, int64_t stride, int64_t rows, int64_t n,
+                 const Tensor& scratch) {
+  T* const to = out<T>(scratch);
+  for (int64_t row = 0; row < rows; row++)
+    if (mask[row] == what)
+      std::memset(to + row * n, 0, n * sizeof(T));
+    else
+      std::memcpy(to + row * n, from + row * stride, n * sizeof(T));
+  return to;
+}
+
+struct OutputGradients {
+  MaybeOwned output, h, c, cells;  // (T, B, H), (B, H), (B, H), (T, B, H); undefined for zeros
+};
+
+template <class T>
+void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradients& grads,
+              Backward<T> all, const Tensor& hidden, const Tensor& cells) {
+  using A = Accumulate<T>;
+  const at::ScalarType dtype = hidden.scalar_type();
+  const int64_t steps = std::is_same_v<T, A>
+                            ? std::clamp<int64_t>(backward_rows<T>(s.rows(), s.I, s.H) / s.B, 1, s.T)
+                            : s.T;
+  const int64_t stride = backward_stride<T>(s.H);
+  const Tensor grad_gates = empty_cpu({steps * s.B, stride}, at::toOpMathType(dtype)),
+               state_grads = empty_cpu({2, s.B, s.H}, dtype),
+               cell_grads = empty_cpu({s.B, s.H}, cells.scalar_type());
+  all.grad_gates = out<A>(grad_gates);
+  all.grad_gates_stride = stride;
+  const bool resets = has(RowMask::kReset, s.mask, s.rows()), skips = has(RowMask::kSkip, s.mask, s.rows());
+  const Tensor hx_copy = resets && all.grad_weight_hh ? empty_cpu({steps * s.B, s.H}, dtype) : Tensor(),
+               input_copy = skips && all.grad_weight_ih ? empty_cpu({steps * s.B, s.I}, dtype) : Tensor();
+  const States<T> cell(cells), hx(hidden);
+  const T* next_h = in<T>(*grads.h);
+  const T* next_c = in<T>(*grads.c);
+  T* const flip[] = {out<T>(state_grads), out<T>(state_grads) + s.states()};
+  const States<T> of_cells(*grads.cells);
+
+  with_team(3 * s.work(), [&](const Pool& pool) {
+    each_chunk({s.T, s.B, s.I, s.H, !s.reverse, s.mask}, steps, [&](const Chunk& chunk) {
+      for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
+        const int64_t t = s.reverse ? k : s.T - 1 - k;
+        const bool last = k == s.T - 1;
+        T* const grad_hx = last ? all.grad_hx : flip[k % 2];
+        T* const grad_cx = last ? all.grad_cx : out<T>(cell_grads);
+        const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
+        const Rows taken = taken_rows(mask, s.B);
+        const auto run = [&](Rows rows, bool multiply) {
+          if (rows.begin == rows.end) return;
+          const int64_t row = rows.begin, at = row * s.H;
+          const auto part = [&](auto* p, int64_t offset) { return p ? p + offset : nullptr; };
+          const auto cell_part = [&](auto* p) {
+            const int64_t offset = at * cell.size / int64_t(sizeof(T));
+            return p ? p + offset : nullptr;
+          };
+          Backward<T> step{};
+          step.B = step.rows = rows.end - row;
+          step.H = s.H;
+          step.grad_h = part(in<T>(*grads.output), t * s.states() + at);
+          step.grad_h_stride = step.grad_c_stride = step.cx_stride = s.H;
+          step.grad_c = of_cells[t * s.states() + at];
+          step.gates = all.gates + (t * s.B + row) * 4 * s.H;
+          step.cx = cell[s.before(t) * s.states() + at];
+          step.weight_hh = multiply ? all.weight_hh : nullptr;
+          step.grad_gates = all.grad_gates + ((t - chunk.first) * s.B + row) * stride;
+          step.grad_gates_stride = stride;
+          step.grad_hx = part(grad_hx, at);
+          step.grad_cx = cell_part(grad_cx);
+          step.wide_cell = all.wide_cell;
+          step.mask = part(mask, row);
+          step.next_grad_h = part(next_h, at);
+          step.next_grad_c = cell_part(next_c);
+          kernels.backward(step, pool);
+        };
+        run(taken, true);
+        run({0, taken.begin}, false);
+        run({taken.end, s.B}, false);
+        next_h = grad_hx;
+        next_c = grad_cx;
+      }
+
+      const int64_t rows = chunk.n * s.B, row = chunk.first * s.B;
+      Backward<T> products = all;
+      products.B = products.rows = rows;
+      products.gates = nullptr;
+      products.weight_hh = nullptr;
+      products.grad_hx = products.grad_cx = nullptr;
+      products.accumulate = chunk.k > 0;
+      if (products.grad_input) products.grad_input += row * s.I;
+      const RowMask* mask = s.mask ? s.mask + row : nullptr;
+      if (products.grad_weight_ih) {
+        products.input += row * all.input_stride;
+        if (has(RowMask::kSkip, mask, rows)) {
+          products.input = without(RowMask::kSkip, mask, products.input, all.input_stride, rows, s.I, input_copy);
+          products.input_stride = s.I;
+        }
+      }
+      if (products.grad_weight_hh) {
+        products.hx = hx[s.before(chunk.first) * s.states()];
+        products.hx_stride = s.H;
+        if (has(RowMask::kReset, mask, rows))
+          products.hx = without(RowMask::kReset, mask, products.hx, s.H, rows, s.H, hx_copy);
+      }
+      kernels.backward(products, pool);
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Tensors
+
+// (T * B, I), the rows of all steps.
+MaybeOwned rows_of_steps(const Tensor& input) {
+  const bool as_they_lie = input.stride(2) == 1 && input.stride(0) == input.size(1) * input.stride(1);
+  return as_they_lie ? MaybeOwned::borrowed(input) : MaybeOwned::owned(input.contiguous());
+}
+const RowMask* row_mask(const Tensor& mask) { return reinterpret_cast<const RowMask*>(in<uint8_t>(mask)); }
+
+struct Layer {
+  MaybeOwned input, weight_ih, weight_hh, bias_ih, bias_hh, mask;
+  Steps steps;
+
+  Layer(const Tensor& x, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
+        const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& row_masks,
+        bool reverse) {
+    check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks);
+    input = rows_of_steps(x);
+    weight_ih = contiguous(w_ih);
+    weight_hh = contiguous(w_hh);
+    bias_ih = contiguous(b_ih);
+    bias_hh = contiguous(b_hh);
+    mask = contiguous(row_masks);
+    steps = {x.size(0), x.size(1), x.size(2), hx.size(1), reverse, row_mask(*mask)};
+  }
+
+  void run(const Tensor& hx, const Tensor& cx, const Tensor& hidden, const Tensor& cells,
+           const Tensor& gates) const {
+    const Steps& s = steps;
+    if (!s.states()) return;
+    const int64_t first = s.before(s.time(0)) * s.states();
+    copy_rows(*rows(hx), static_cast<char*>(hidden.mutable_data_ptr()) + first * hidden.element_size());
+    copy_rows(*rows(cx), static_cast<char*>(cells.mutable_data_ptr()) +
+                             (cells.size(0) > 1 ? first : 0) * cells.element_size());
+    if (!s.T) return;
+    with_kernels(input->scalar_type(), [&](const auto& kernels) {
+      using T = typename std::decay_t<decltype(kernels)>::dtype;
+      Forward<T> given{};
+      given.I = s.I;
+      given.H = s.H;
+      given.input = in<T>(*input);
+      given.input_stride = input->stride(1);
+      given.wide_cell = cells.scalar_type() != input->scalar_type();
+      given.weight_ih = in<T>(*weight_ih);
+      given.weight_hh = in<T>(*weight_hh);
+      given.bias_ih = in<T>(*bias_ih);
+      given.bias_hh = in<T>(*bias_hh);
+      given.batch_invariant = batch_invariant();
+      forward(kernels, s, given, hidden, cells, gates);
+    });
+  }
+};
+
+LayerStates layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                  const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                  const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse,
+                  bool cell_states) {
+  return with_states(input, hx, cx, weight_hh, [&](const Tensor& h, const Tensor& c) {
+    const Layer given(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
+    const auto& [T, B, I, H, direction, masks] = given.steps;
+    const Tensor hidden = empty_cpu({T + 1, B, H}, h.scalar_type()),
+                 cells = empty_cpu({cell_states ? T + 1 : 1, B, H}, c.scalar_type());
+    given.run(h, c, hidden, cells, /*gates=*/{});
+    return layer_states(hidden, cells, reverse, cell_states);
+  });
+}
+
+LayerForward layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
+                           const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                           const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse) {
+  const Layer given(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
+  const auto& [T, B, I, H, direction, masks] = given.steps;
+  const Tensor hidden = empty_cpu({T + 1, B, H}, hx.scalar_type()),
+               cells = empty_cpu({T + 1, B, H}, cx.scalar_type()),
+               gates = empty_cpu({T, B, 4 * H}, hx.scalar_type());
+  given.run(hx, cx, hidden, cells, gates);
+  return {hidden, cells, gates};
+}
+
+Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
+                         const OptionalTensor& grad_c, const OptionalTensor& grad_cells,
+                         const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
+                         const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
+                         const OptionalTensor& mask, bool reverse, Wanted wanted) {
+  check_layer_backward(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates, weight_ih,
+                       weight_hh, mask, wanted);
+  const int64_t T = gates.size(0), B = gates.size(1), H = hidden.size(2),
+                I = input ? input->size(2) : weight_ih ? weight_ih->size(1) : 0;
+  const OutputGradients grads{contiguous(grad_output), contiguous(grad_h), contiguous(grad_c),
+                              contiguous(grad_cells)};
+  const MaybeOwned x = input ? rows_of_steps(*input) : MaybeOwned(), w_ih = contiguous(weight_ih),
+                   w_hh = contiguous(weight_hh), states = contiguous(hidden), cell = contiguous(cells),
+                   gate = contiguous(gates), masks = contiguous(mask);
+  const Steps steps{T, B, I, H, reverse, row_mask(*masks)};
+  const auto gradient = [&](int index, at::IntArrayRef shape) {
+    const Tensor tensor = empty_cpu(wanted[index] ? shape : at::IntArrayRef{0},
+                                    (index == kCx ? cells : hidden).scalar_type());
+    if (!steps.rows() || !H) set_zero(tensor);
+    return tensor;
+  };
+  const Gradients gradients{gradient(0, {T, B, I}),     gradient(1, {B, H}),  gradient(2, {B, H}),
+                            gradient(3, {4 * H, I}),    gradient(4, {4 * H, H}), gradient(5, {4 * H}),
+                            gradient(6, {4 * H})};
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
+      gradients;
+  if (!steps.rows() || !H) {  // no step was taken
+    if (wanted[kHx] && grad_h) grad_hx.copy_(*grad_h);
+    if (wanted[kCx] && grad_c) grad_cx.copy_(*grad_c);
+    return gradients;
+  }
+  with_kernels(hidden.scalar_type(), [&](const auto& kernels) {
+    using E = typename std::decay_t<decltype(kernels)>::dtype;
+    Backward<E> all{};
+    all.I = I;
+    all.H = H;
+    all.gates = in<E>(*gate);
+    all.input = in<E>(*x);
+    all.input_stride = input ? x->stride(1) : 0;
+    all.weight_ih = in<E>(*w_ih);
+    all.weight_hh = in<E>(*w_hh);
+    all.grad_input = out<E>(grad_input);
+    all.grad_hx = out<E>(grad_hx);
+    all.grad_cx = out<E>(grad_cx);
+    all.grad_weight_ih = out<E>(grad_weight_ih);
+    all.grad_weight_hh = out<E>(grad_weight_hh);
+    all.grad_bias_ih = out<E>(grad_bias_ih);
+    all.grad_bias_hh = out<E>(grad_bias_hh);
+    all.wide_cell = cells.scalar_type() != hidden.scalar_type();
+    backward(kernels, steps, grads, all, *states, *cell);
+  });
+  return gradients;
+}
+
+}  // namespace
+}  // namespace lstmfused
+
+TORCH_LIBRARY_IMPL(lstmfused, CPU, m) {
+  m.impl("lstm_layer", lstmfused::layer);
+  m.impl("lstm_layer_forward", lstmfused::layer_forward);
+  m.impl("lstm_layer_backward", lstmfused::layer_backward);
+}
