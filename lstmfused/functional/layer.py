@@ -105,10 +105,9 @@ def _scripted_check_lengths(lengths: Tensor, T: int) -> None:
 
 @scripted_as(_scripted_check_lengths)
 def _check_lengths(lengths: Tensor, T: int) -> None:
-    """Where their values are there to be seen: neither on a device nor in a graph or a vmap."""
-    if lengths.is_cpu and not is_dynamo_compiling() and not is_functorch_wrapped_tensor(lengths):
-        good = ((lengths >= 0) & (lengths <= T)).all()
-        torch._assert_async(good, f"Expected lengths from 0 to the number of steps, {T}")
+    """Where to look at them waits for no device, and they are numbers."""
+    if not is_dynamo_compiling() and not is_functorch_wrapped_tensor(lengths):
+        _scripted_check_lengths(lengths, T)
 
 
 def _is_projected(params: list[Tensor], has_biases: bool, states: int) -> bool:
@@ -124,6 +123,11 @@ def _zeros(x: Tensor, states: int, B: int, params: list[Tensor]) -> tuple[Tensor
     return x.new_zeros(states, B, H_out), x.new_zeros(states, B, H)
 
 
+def _steps(x: Tensor) -> Tensor:
+    """0, 1, ..., T - 1 as (T, 1)"""
+    return torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+
+
 def _masks(
     x: Tensor, reset: Tensor | None, lengths: Tensor | None, bidirectional: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
@@ -132,13 +136,13 @@ def _masks(
     backward: Tensor | None = None
     past: Tensor | None = None
     if lengths is not None:
-        past = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
+        past = _steps(x) >= lengths.to(x.device)
     if reset is not None:
         forward = reset.to(x.device, torch.uint8)
         if past is not None:
             forward = forward.masked_fill(past, 0)
         if bidirectional:  # the boundary before a step is, on the way back, before the step before
-            backward = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
+            backward = forward.roll(-1, 0).masked_fill(_steps(x) == x.shape[0] - 1, 0)
     if past is not None:
         skip = past.to(torch.uint8) * 2
         forward = skip if forward is None else forward + skip

@@ -71,7 +71,6 @@ class LSTM(nn.LSTM):
         self,
         input: Any,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         reset: Any = None,
         lengths: Any = None,
         return_cell_states: bool = False,
