@@ -84,3 +84,13 @@ def lstm_layer(
     reverse: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def check_lstm_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mask: Tensor | None,
+) -> None: ...

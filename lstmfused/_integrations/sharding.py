@@ -42,6 +42,16 @@ def register(tensor: Any) -> None:
             ways.append((outputs, [*placed(of, rowwise), *placed(whole, weights), None]))
         return ways
 
+    def layer(outputs: list[Any], *given: Any) -> list[tuple[Placements, Placements]]:
+        (input, hx, cx), weights, (mask, *flags) = given[:3], given[3:7], given[7:]
+        ways = []
+        for of in (whole, rows):
+            steps = whole if of is whole else tensor.Shard(1)
+            state = placed(steps, [input]) + placed(of, [hx, cx])
+            others = placed(whole, weights) + placed(steps, [mask]) + [None] * len(flags)
+            ways.append(([steps if o else of for o in outputs], state + others))
+        return ways
+
     register_sharding(ops.lstm_cell.default)(partial(step, 2))
     register_sharding(ops.lstm_cell_forward.default)(partial(step, 3))
     register_sharding(ops.lstm_cell_backward.default)(backward)

@@ -24,7 +24,7 @@ KERNELS = {(x, c) for x in DTYPES for c in DTYPES if _C.has_kernel(x, c)}
 
 
 def _scripted_has_kernel(input: Tensor, c: Tensor, projected: bool) -> bool:
-    return not projected and not input.is_complex()
+    return not projected
 
 
 @scripted_as(_scripted_has_kernel)
@@ -43,17 +43,17 @@ def _scripted_direction(
     input: Tensor,
     h: Tensor | None,
     c: Tensor | None,
-    weights: list[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
     mask: Tensor | None,
     reverse: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    if len(weights) > 3:
-        b_ih, b_hh = weights[2], weights[3]
     output, h_n, c_n, cells = torch.ops.lstmfused.lstm_layer(
-        input, h, c, weights[0], weights[1], b_ih, b_hh, mask, reverse, cell_states
+        input, h, c, w_ih, w_hh, b_ih, b_hh, mask, reverse, cell_states
     )
     return output, h_n, c_n, cells
 
@@ -64,18 +64,19 @@ def _direction(
     input: Tensor,
     h: Tensor | None,
     c: Tensor | None,
-    weights: list[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
     mask: Tensor | None,
     reverse: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer over (T, B, I)."""
-    w_ih, w_hh = weights[0], weights[1]
-    b_ih, b_hh = weights[2:4] if len(weights) > 3 else (None, None)
     if kernel:
         run = torch.ops.lstmfused.lstm_layer if is_dynamo_compiling() else _C.lstm_layer
         return run(input, h, c, w_ih, w_hh, b_ih, b_hh, mask, reverse, cell_states)
-    w_hr = weights[-1] if len(weights) % 2 else None
     return reference.lstm_layer(
         input, h, c, w_ih, w_hh, b_ih, b_hh, mask, reverse, cell_states, w_hr
     )
@@ -156,6 +157,8 @@ def _layers(
     h: Tensor | None,
     c: Tensor | None,
     params: list[Tensor],
+    has_biases: bool,
+    projected: bool,
     num_layers: int,
     dropout: float,
     masks: list[Tensor | None],
@@ -170,13 +173,18 @@ def _layers(
         outputs: list[Tensor] = []
         cells = []
         for direction, mask in enumerate(masks):
-            k = len(h_n)
+            k = layer * len(masks) + direction
+            at = k * size
             output, h_k, c_k, cells_k = _direction(
                 kernel,
                 x,
                 None if h is None else h[k],
                 None if c is None else c[k],
-                params[k * size : (k + 1) * size],
+                params[at],
+                params[at + 1],
+                params[at + 2] if has_biases else None,
+                params[at + 3] if has_biases else None,
+                params[at + size - 1] if projected else None,
                 mask,
                 direction == 1,
                 cell_states and layer == num_layers - 1,
@@ -242,8 +250,9 @@ def _of_tensor(
         )
         cells = output
     else:
+        drop = dropout if train else 0.0
         output, h_n, c_n, cells = _layers(
-            kernel, x, h, c, params, num_layers, dropout if train else 0.0, masks, cell_states
+            kernel, x, h, c, params, has_biases, projected, num_layers, drop, masks, cell_states
         )
     if past is not None:
         past = past.unsqueeze(2)
