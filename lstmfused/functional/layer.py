@@ -95,7 +95,7 @@ def _as_given(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
 
 
 def _check_size(name: str, t: Tensor, expected: list[int]) -> None:
-    if list(t.shape) != expected:
+    if not torch._C._get_tracing_state() and list(t.shape) != expected:  # traced, they are tensors
         raise RuntimeError(f"Expected {name} size {expected}, got {list(t.shape)}")
 
 
