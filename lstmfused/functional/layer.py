@@ -162,6 +162,8 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All layers over (T, B, I), with a mask for each direction."""
     size = len(params) // (num_layers * len(masks))
+    first_h: list[Tensor] = [] if h is None else list(h.unbind())
+    first_c: list[Tensor] = [] if c is None else list(c.unbind())
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     cells: list[Tensor] = []
@@ -174,8 +176,8 @@ def _layers(
             output, h_k, c_k, cells_k = _direction(
                 kernel,
                 x,
-                None if h is None else h[k],
-                None if c is None else c[k],
+                None if h is None else first_h[k],
+                None if c is None else first_c[k],
                 params[at],
                 params[at + 1],
                 params[at + 2] if has_biases else None,
