@@ -1,4 +1,4 @@
-"""fuse_ and unfuse_: the swap of the cells of a model in place."""
+"""fuse_ and unfuse_: the swap of the cells and layers of a model in place."""
 
 import copy
 import pickle
@@ -12,15 +12,17 @@ from cases import run_python
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lstmfused
 from lstmfused import fuse_, unfuse_
 
 I, H = 10, 20
+FUSED = (lstmfused.LSTMCell, lstmfused.LSTM)
 
 
 class Decoder(nn.Module):
-    """Two cells of which one is used twice, in containers, beside other layers."""
+    """Two cells of which one is used twice, in containers, beside other layers, and a sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,6 +36,7 @@ class Decoder(nn.Module):
         h, c = self.first(x)
         for layer in self.layers:
             h, c = layer(h, (h, c)) if isinstance(layer, nn.LSTMCell) else (layer(h), c)
+        h, _ = self.named["lstm"](h)
         return h
 
 
@@ -53,8 +56,9 @@ def test_model_there_and_back() -> None:
     x = torch.randn(5, I)
     expected = model(x)
     assert fuse_(model) is model
-    assert nn.LSTMCell not in types(model)
+    assert nn.LSTMCell not in types(model) and nn.LSTM not in types(model)
     assert types(model).count(lstmfused.LSTMCell) == 2
+    assert types(model).count(lstmfused.LSTM) == 1
     assert model.layers[0] is model.layers[2] is model.shared
     assert (model(x) - expected).abs().max() <= 1e-5
     found = dict(model.named_parameters())
@@ -93,6 +97,10 @@ class Named(nn.LSTMCell):
         return f"{super().extra_repr()}!"
 
 
+class NamedLayer(nn.LSTM):
+    pass
+
+
 class OurNamed(lstmfused.LSTMCell):
     pass
 
@@ -115,28 +123,32 @@ def runs_fused(cell: nn.Module) -> bool:
     return any(name.startswith("lstmfused.") for name in seen.names)
 
 
-def check_swap(cell: nn.Module) -> None:
+def outputs(cell: nn.Module, x: Tensor) -> Tensor:
+    """Of a cell, or of a layer without a batch."""
+    return torch.cat([t.flatten() for t in tree_leaves(cell(x))])
+
+
+def check_swap(cell: Any) -> None:
     """There and back, with the same numbers and gradients."""
     before, parameters = type(cell), list(cell.parameters())
     x = torch.randn(3, I)
     cell.eval()  # a spectral norm would go on with its power iteration
-    want = cell(x)
-    wanted = torch.autograd.grad(torch.cat(want).square().sum(), parameters)
+    want = outputs(cell, x)
+    wanted = torch.autograd.grad(want.square().sum(), parameters)
     assert not runs_fused(cell)
     assert fuse_(cell) is cell
-    assert isinstance(cell, lstmfused.LSTMCell) and isinstance(cell, before.__bases__)
+    assert isinstance(cell, FUSED) and isinstance(cell, before.__bases__)
     assert type(cell).__name__ == before.__name__
     assert runs_fused(cell)
     assert list(map(id, cell.parameters())) == list(map(id, parameters))
-    found = cell(x)
-    for actual, expected in zip(found, want, strict=True):
-        assert (actual - expected).abs().max() <= 1e-6
-    gradients = torch.autograd.grad(torch.cat(found).square().sum(), parameters)
+    found = outputs(cell, x)
+    assert (found - want).abs().max() <= 1e-6
+    gradients = torch.autograd.grad(found.square().sum(), parameters)
     for actual, expected in zip(gradients, wanted, strict=True):
         assert (actual - expected).abs().max() <= 1e-5
     assert unfuse_(cell) is cell
     assert not runs_fused(cell)
-    assert all(map(torch.equal, cell(x), want))
+    assert torch.equal(outputs(cell, x), want)
 
 
 PARAMETRIZATIONS = pytest.mark.parametrize(
@@ -147,11 +159,13 @@ PARAMETRIZATIONS = pytest.mark.parametrize(
 
 
 @PARAMETRIZATIONS
-@pytest.mark.parametrize("kind", [nn.LSTMCell, Named])
-def test_parametrized(kind: type[nn.LSTMCell], of: Callable[..., nn.Module]) -> None:
-    cell = of(kind(I, H), "weight_hh")
+@pytest.mark.parametrize("kind", [nn.LSTMCell, Named, nn.LSTM, NamedLayer])
+def test_parametrized(kind: type[nn.Module], of: Callable[..., nn.Module]) -> None:
+    cell = of(kind(I, H), "weight_hh_l0" if issubclass(kind, nn.LSTM) else "weight_hh")
     check_swap(cell)
-    assert not isinstance(cell, lstmfused.LSTMCell)
+    assert not isinstance(cell, FUSED)
+    if isinstance(cell, nn.LSTM):
+        return  # of which torch cannot copy a parametrized one
     other = copy.deepcopy(fuse_(cell))
     unfuse_(cell)
     assert runs_fused(other) and not runs_fused(cell)  # each has its own class
@@ -174,6 +188,7 @@ def test_parametrizations_come_and_go(of: Callable[..., nn.Module]) -> None:
 def test_subclasses_without_a_forward() -> None:
     one, two = Named(I, H), Named(I, H)
     check_swap(one)
+    check_swap(NamedLayer(I, H))
     assert type(one) is Named
     fuse_(nn.ModuleList([one, two]))
     assert isinstance(one, Named) and type(one) is type(two)

@@ -1,4 +1,4 @@
-"""The step in torch's own operators, for who can run no other."""
+"""Step and layer in torch's own operators, for who can run no other."""
 
 from __future__ import annotations
 
@@ -26,6 +26,23 @@ def lstm_cell(
     return h.to(input.dtype), c.to(cx.dtype)
 
 
+def lstm_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mask: Tensor | None,
+    reverse: bool,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = weight_ih, weight_hh, bias_ih, bias_hh
+    _C.check_lstm_layer(input, hx, cx, *weights, mask)
+    return reference.lstm_layer(input, hx, cx, *weights, mask, reverse, cell_states)
+
+
 def lstm_cell_packed(
     input: Tensor,
     hx: Tensor | None,
@@ -48,10 +65,18 @@ def lstm_cell_packed(
     )
 
 
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "lstm_cell": lstm_cell,
+    "lstm_cell_packed": lstm_cell_packed,
+    "lstm_layer": lstm_layer,
+}
+
+
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """Torch's default decompositions, :func:`torch.export.default_decompositions`, and those of the
-    step and of a packed cell's: a table for ``ExportedProgram.run_decompositions`` that leaves
-    nothing but core ATen.
+    step, of a packed cell's and of the layer: a table for ``ExportedProgram.run_decompositions``
+    that leaves nothing but core ATen. A layer becomes a step for each of its steps, the number of
+    which must not be dynamic.
 
     Without it a program keeps the fused operator, which ``torch.compile`` and AOTInductor want and
     runtimes that know only torch's own operators do not.
@@ -62,12 +87,12 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
         >>> program = program.run_decompositions(lstmfused.decompositions())
     """
     table = torch.export.default_decompositions()
-    table[torch.ops.lstmfused.lstm_cell.default] = lstm_cell
-    table[torch.ops.lstmfused.lstm_cell_packed.default] = lstm_cell_packed
+    for name, decomposition in DECOMPOSITIONS.items():
+        table[getattr(torch.ops.lstmfused, name).default] = decomposition
     return table
 
 
 def register(_: Any) -> None:
     """With the table that torch's ONNX exporter takes its decompositions from."""
-    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell)(lstm_cell)
-    torch._decomp.register_decomposition(torch.ops.lstmfused.lstm_cell_packed)(lstm_cell_packed)
+    for name, decomposition in DECOMPOSITIONS.items():
+        torch._decomp.register_decomposition(getattr(torch.ops.lstmfused, name))(decomposition)

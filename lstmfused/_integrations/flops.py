@@ -1,5 +1,5 @@
-"""The arithmetic of the step, for who counts it: in each counter's own way, for which most take no
-more than the matrix products."""
+"""The arithmetic of step and layer, for who counts it: in each counter's own way, for which most
+take no more than the matrix products."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..modules import LSTMCell
+from ..modules.convert import FUSED
 
 __all__ = ["fvcore", "ptflops_modules", "ptflops_operators", "register", "thop"]
 
@@ -19,7 +18,8 @@ Shape = tuple[int, ...]
 def step(
     input: Shape, hx: Any, cx: Any, weight_ih: Shape, weight_hh: Shape, *_: Any, **__: Any
 ) -> int:
-    """A step from no state counts as one from zeros, as it does in torch's cell."""
+    """A step from no state counts as one from zeros, as it does in torch's cell; a layer as its
+    steps."""
     return 2 * prod(input[:-1]) * (prod(weight_ih) + prod(weight_hh))
 
 
@@ -39,6 +39,30 @@ def backward(
     (B, H), (_, I) = cx, input or weight_ih or (0, 0)
     of_ih, of_hh = (output_mask[k] + output_mask[k + 3] for k in (0, 1))
     return 2 * B * 4 * H * (of_ih * I + of_hh * H)
+
+
+def layer_backward(
+    grad_output: Any,
+    grad_h: Any,
+    grad_c: Any,
+    grad_cells: Any,
+    input: Shape | None,
+    hidden: Any,
+    cells: Any,
+    gates: Shape,
+    weight_ih: Shape | None,
+    weight_hh: Shape,
+    mask: Any,
+    reverse: Any,
+    output_mask: list[bool],
+    **__: Any,
+) -> int:
+    """As of its steps, of which all but the first owe a gradient to their state."""
+    (T, B, _), (rows, H) = gates, weight_hh
+    I = (input or weight_ih or (0,))[-1]
+    of_input = T * (output_mask[0] + output_mask[3]) * I
+    of_state = (max(T - 1, 0) + (T > 0 and output_mask[1]) + T * output_mask[4]) * H
+    return 2 * B * rows * (of_input + of_state)
 
 
 def gradients(
@@ -89,7 +113,8 @@ def packed(
 def register(flop_counter: Any) -> None:
     """With :class:`torch.utils.flop_counter.FlopCounterMode`: two for each multiply-add."""
     ops, of = torch.ops.lstmfused, flop_counter.register_flop_formula
-    of([ops.lstm_cell, ops.lstm_cell_forward])(step)
+    of([ops.lstm_cell, ops.lstm_cell_forward, ops.lstm_layer, ops.lstm_layer_forward])(step)
+    of(ops.lstm_layer_backward)(layer_backward)
     of([ops.lstm_cell_backward, ops.lstm_cell_backward_reuse_gates])(backward)
     of(ops.lstm_cell_gradients)(gradients)
     of(ops.lstm_cell_tangents)(tangents)
@@ -104,23 +129,27 @@ def fvcore(flop_count: Any) -> None:
         x, weight_ih, weight_hh = (inputs[k].type().sizes() for k in (0, 3, 4))
         return step(x, None, None, weight_ih, weight_hh) // 2
 
-    flop_count._DEFAULT_SUPPORTED_OPS["lstmfused::lstm_cell"] = count
+    for name in ("lstm_cell", "lstm_layer"):
+        flop_count._DEFAULT_SUPPORTED_OPS[f"lstmfused::{name}"] = count
 
 
 def thop(profile: Any) -> None:
-    profile.register_hooks[LSTMCell] = profile.register_hooks[nn.LSTMCell]
+    for plain, fused in FUSED.items():
+        profile.register_hooks[fused] = profile.register_hooks[plain]
 
 
 def ptflops_modules(pytorch_ops: Any) -> None:
-    pytorch_ops.MODULES_MAPPING[LSTMCell] = pytorch_ops.MODULES_MAPPING[nn.LSTMCell]
+    for plain, fused in FUSED.items():
+        pytorch_ops.MODULES_MAPPING[fused] = pytorch_ops.MODULES_MAPPING[plain]
 
 
 def ptflops_operators(aten_ops: Any) -> None:
     def count(inputs: list[Any], outputs: list[Any]) -> int:
-        x, _, _, weight_ih, weight_hh, *biases = inputs
+        x, _, _, weight_ih, weight_hh, *others = inputs
         rows: int = prod(x.shape[:-1])
-        added: int = sum(rows * len(bias) for bias in biases if bias is not None)
+        added: int = sum(rows * len(bias) for bias in others[:2] if bias is not None)
         return added + step(x.shape, None, None, weight_ih.shape, weight_hh.shape) // 2
 
-    for op in (torch.ops.lstmfused.lstm_cell, torch.ops.lstmfused.lstm_cell_forward):
+    ops = torch.ops.lstmfused
+    for op in (ops.lstm_cell, ops.lstm_cell_forward, ops.lstm_layer, ops.lstm_layer_forward):
         aten_ops.ATEN_OPS_MAPPING[op] = count

@@ -1,4 +1,4 @@
-"""``torch.ao.quantization.quantize_dynamic`` makes torch's quantized cell of ours, too."""
+"""``torch.ao.quantization.quantize_dynamic`` makes torch's quantized modules of ours, too."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import LSTMCell
-from ..modules.convert import swapped_class
+from ..modules.convert import FUSED, swapped_class
 
 __all__ = ["register"]
 
@@ -17,25 +16,27 @@ def register(quantize: Any) -> None:
     from torch.ao.nn.quantized import dynamic
     from torch.ao.quantization import quantization_mappings
 
-    class Quantized(dynamic.LSTMCell):
-        """What makes torch's quantized cell of ours: it takes torch's own only."""
+    class FromFused:
+        """What makes torch's quantized module of ours: it takes torch's own only."""
 
         @classmethod
         def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> nn.Module:
-            plain = object.__new__(swapped_class(type(mod), LSTMCell, nn.LSTMCell))
-            vars(plain).update(vars(mod))
-            made: nn.Module = dynamic.LSTMCell.from_float(plain)
+            plain, fused = next(pair for pair in FUSED.items() if isinstance(mod, pair[1]))
+            of_torch = object.__new__(swapped_class(type(mod), fused, plain))
+            vars(of_torch).update(vars(mod))
+            made: nn.Module = getattr(dynamic, plain.__name__).from_float(of_torch)
             return made
 
-    quantization_mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS[LSTMCell] = Quantized
+    for fused in FUSED.values():
+        quantization_mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS[fused] = FromFused
 
-    # Types are looked up exactly: who asks for torch's cell, as by default, asks for ours, too.
+    # Types are looked up exactly: who asks for torch's modules, as by default, asks for ours, too.
     propagate = quantize.propagate_qconfig_
 
     @wraps(propagate)
     def propagate_qconfig_(module: Any, qconfig_dict: Any = None, *rest: Any, **named: Any) -> Any:
-        if qconfig_dict and nn.LSTMCell in qconfig_dict:
-            qconfig_dict = {LSTMCell: qconfig_dict[nn.LSTMCell], **qconfig_dict}
-        return propagate(module, qconfig_dict, *rest, **named)
+        asked = qconfig_dict or {}
+        also = {FUSED[plain]: asked[plain] for plain in FUSED if plain in asked}
+        return propagate(module, also | asked if also else qconfig_dict, *rest, **named)
 
     quantize.propagate_qconfig_ = propagate_qconfig_

@@ -1,7 +1,8 @@
-"""The cell as modules, and the swap of a model's cells."""
+"""The cell and the layer as modules, and the swap of a model's."""
 
 from .cell import LazyLSTMCell, LSTMCell
 from .convert import fuse_, unfuse_
+from .lstm import LSTM
 from .packed import PackedLSTMCell, pack
 
-__all__ = ["LSTMCell", "LazyLSTMCell", "PackedLSTMCell", "fuse_", "pack", "unfuse_"]
+__all__ = ["LSTM", "LSTMCell", "LazyLSTMCell", "PackedLSTMCell", "fuse_", "pack", "unfuse_"]

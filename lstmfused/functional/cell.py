@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
-from ._integrations.script import scripted_as
-from ._ops import _C
+from .._integrations.script import scripted_as
+from .._ops import _C
 
 __all__ = ["lstm_cell"]
 
 
-def pair(hx: Any) -> tuple[Tensor, Tensor]:
+def pair(hx: Any, of: str = "lstm_cell", shape: str = "(batch, units)") -> tuple[Tensor, Tensor]:
     """A state that is no tuple of two, as one."""
     if isinstance(hx, Tensor):
         raise TypeError(
-            "lstm_cell(): argument 'hx' must be a pair (h, c) of Tensors, each of shape "
-            f"(batch, units), not one Tensor of shape {tuple(hx.shape)}"
+            f"{of}(): argument 'hx' must be a pair (h, c) of Tensors, each of shape {shape}, "
+            f"not one Tensor of shape {tuple(hx.shape)}"
         )
     if not isinstance(hx, Proxy) and len(hx) != 2:  # torch.fx's knows no length, and unpacks
-        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
+        raise RuntimeError(f"{of} expects two hidden states, got {len(hx)}")
     h, c = hx
     return h, c
 
