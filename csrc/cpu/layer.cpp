@@ -127,11 +127,10 @@ struct Weights {
 };
 
 // hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time hold the initial
-// state. gates (T, B, 4H) are undefined where they are not wanted. Rows of a step's input lie input_stride
-// apart, steps input_step.
+// state. gates (T, B, 4H) are undefined where they are not wanted.
 template <class T>
-void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& given, int64_t input_step,
-             const Tensor& hidden, const Tensor& cells, const Tensor& gates) {
+void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& given, const Tensor& hidden,
+             const Tensor& cells, const Tensor& gates) {
   using A = Accumulate<T>;
   const bool both = joint(s, given);
   const int64_t G = 4 * s.H, row_bytes = G * int64_t(sizeof(A));
@@ -150,7 +149,7 @@ void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& gi
       if (!both) {
         Forward<T> inputs = given;
         inputs.B = chunk.n * s.B;
-        inputs.input += chunk.first * input_step;
+        inputs.input += chunk.first * s.B * given.input_stride;
         inputs.hx = inputs.input;  // not looked at
         inputs.hx_stride = 0;
         inputs.sums = sums;
@@ -169,7 +168,7 @@ void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& gi
         const int64_t row = rows.begin, at = row * s.H;
         Forward<T> step = given;
         step.B = rows.end - row;
-        step.input += t * input_step + row * given.input_stride;
+        step.input += (t * s.B + row) * given.input_stride;
         step.hx = h[before + at];
         step.hx_stride = step.cx_stride = s.H;
         step.cx = c[keep * before + at];
@@ -304,22 +303,34 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
 // ---------------------------------------------------------------------------------------------------
 // Tensors
 
-// (T * B, I), the rows of all steps.
-MaybeOwned rows_of_steps(const Tensor& input) {
-  const bool as_they_lie = input.stride(2) == 1 && input.stride(0) == input.size(1) * input.stride(1);
-  return as_they_lie ? MaybeOwned::borrowed(input) : MaybeOwned::owned(input.contiguous());
-}
+// (T, B, I) whose rows of all steps are those of one matrix, as they lie or copied.
+struct Inputs {
+  MaybeOwned tensor;
+  int64_t stride;  // between rows
+
+  explicit Inputs(const Tensor& given) {
+    const int64_t T = given.size(0), B = given.size(1), I = given.size(2);
+    stride = given.stride(B == 1 ? 0 : 1);  // that of a dimension of size 1 says nothing
+    const bool one = T <= 1 || B <= 1 || given.stride(0) == B * stride;
+    if (one && (given.stride(2) == 1 || I <= 1)) {
+      tensor = MaybeOwned::borrowed(given);
+    } else {
+      tensor = MaybeOwned::owned(given.contiguous());
+      stride = I;
+    }
+  }
+};
 const RowMask* row_mask(const Tensor& mask) { return reinterpret_cast<const RowMask*>(in<uint8_t>(mask)); }
 
 struct Layer {
-  MaybeOwned input, weight_ih, weight_hh, bias_ih, bias_hh, mask;
+  Inputs input;
+  MaybeOwned weight_ih, weight_hh, bias_ih, bias_hh, mask;
   Steps steps;
 
   Layer(const Tensor& x, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
         const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& row_masks,
-        bool reverse) {
-    check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks);
-    input = rows_of_steps(x);
+        bool reverse)
+      : input((check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks), x)) {
     weight_ih = contiguous(w_ih);
     weight_hh = contiguous(w_hh);
     bias_ih = contiguous(b_ih);
@@ -337,20 +348,20 @@ struct Layer {
     copy_rows(*rows(cx), static_cast<char*>(cells.mutable_data_ptr()) +
                              (cells.size(0) > 1 ? first : 0) * cells.element_size());
     if (!s.T) return;
-    with_kernels(input->scalar_type(), [&](const auto& kernels) {
+    with_kernels(hidden.scalar_type(), [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       Forward<T> given{};
       given.I = s.I;
       given.H = s.H;
-      given.input = in<T>(*input);
-      given.input_stride = input->stride(1);
-      given.wide_cell = cells.scalar_type() != input->scalar_type();
+      given.input = in<T>(*input.tensor);
+      given.input_stride = input.stride;
+      given.wide_cell = cells.scalar_type() != hidden.scalar_type();
       given.weight_ih = in<T>(*weight_ih);
       given.weight_hh = in<T>(*weight_hh);
       given.bias_ih = in<T>(*bias_ih);
       given.bias_hh = in<T>(*bias_hh);
       given.batch_invariant = batch_invariant();
-      forward(kernels, s, given, input->stride(0), hidden, cells, gates);
+      forward(kernels, s, given, hidden, cells, gates);
     });
   }
 };
@@ -394,9 +405,9 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
                                 : 0;
   const OutputGradients grads{contiguous(grad_output), contiguous(grad_h), contiguous(grad_c),
                               contiguous(grad_cells)};
-  const MaybeOwned x = input ? rows_of_steps(*input) : MaybeOwned(), w_ih = contiguous(weight_ih),
-                   w_hh = contiguous(weight_hh), states = contiguous(hidden), cell = contiguous(cells),
-                   gate = contiguous(gates), masks = contiguous(mask);
+  const std::optional<Inputs> x = input ? std::optional<Inputs>(*input) : std::nullopt;
+  const MaybeOwned w_ih = contiguous(weight_ih), w_hh = contiguous(weight_hh), states = contiguous(hidden),
+                   cell = contiguous(cells), gate = contiguous(gates), masks = contiguous(mask);
   const Steps steps{T, B, I, H, reverse, row_mask(*masks)};
   const auto gradient = [&](int index, at::IntArrayRef shape) {
     const Tensor tensor = empty_cpu(wanted[index] ? shape : at::IntArrayRef{0},
@@ -420,8 +431,8 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     all.I = I;
     all.H = H;
     all.gates = in<E>(*gate);
-    all.input = in<E>(*x);
-    all.input_stride = input ? x->stride(1) : 0;
+    all.input = x ? in<E>(*x->tensor) : nullptr;
+    all.input_stride = x ? x->stride : 0;
     all.weight_ih = in<E>(*w_ih);
     all.weight_hh = in<E>(*w_hh);
     all.grad_input = out<E>(grad_input);
