@@ -15,7 +15,7 @@ import torch
 import lstmfused
 
 from . import limits, record, report
-from .cases import AVX2, DTYPES, MODES, SHAPES, SUITES, Case, Shape
+from .cases import AVX2, BESIDE, DTYPES, MODES, SHAPES, SUITES, Case, Shape
 from .checkout import Checkout
 from .cliffs import main as cliffs
 from .peers import PEERS, Peer, present
@@ -97,9 +97,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
     asked: Json = {name: value for name in names if (value := getattr(args, name)) is not None}
     found = (AVX2 if args.isa else SUITES[args.suite])._replace(**asked)
     every = found.cases(torch.get_num_threads())
-    if args.suite == "full" and not args.isa:
-        every += SUITES["memory"]._replace(shapes=found.shapes).cases(torch.get_num_threads())
-    return every
+    for beside in BESIDE.get(args.suite, ()) if not (args.isa or asked) else ():
+        every += beside.cases(torch.get_num_threads())
+    return list(dict.fromkeys(every))
 
 
 def peers(args: argparse.Namespace) -> list[Peer]:

@@ -46,6 +46,9 @@ MODES = (*STEP, *SECOND_ORDER, *TRANSFORMS, *MEMORY)
 WITHOUT_GRAD = (INFERENCE, JVP)
 # On a GPU: called one by one, or a CUDA graph of chained steps; cold: each with other weights.
 EAGER, GRAPH, COLD = LAUNCHES = ("eager", "graph", "cold graph")
+# Of a sequence by one module, which returns the state of every step; RESETS: in one step of 20 a
+# row's state is zero before it.
+LAYER, RESETS = SEQUENCES = ("layer", "layer with resets")
 
 
 class Case(NamedTuple):
@@ -57,6 +60,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     threads: int = 1
     steps: int = 1  # of a sequence (steps, batch, input), where more than one
+    sequence: str = ""  # of SEQUENCES, or a cell
     launch: str = EAGER
     isa: str = ""  # the instruction set, where not the processor's best
     device: str = "cpu"
@@ -94,12 +98,20 @@ class Case(NamedTuple):
         inputs, units = self.shape[:2]
         weights = 4 * units * (inputs + units + 2)
         states = self.batch * self.steps * (inputs + 4 * units)
-        size = {"float64": 8, "float32": 4, "tf32": 4}.get(self.dtype, 2)
-        return size * (weights + states) * (2 if self.mode == TRAINING else 1)
+        return self.itemsize * (weights + states) * (2 if self.mode == TRAINING else 1)
+
+    @property
+    def itemsize(self) -> int:
+        return {"float64": 8, "float32": 4, "tf32": 4}.get(self.dtype, 2)
+
+    @property
+    def recurrent(self) -> int:
+        """Bytes of weight_hh, which each step of a sequence takes, forward and backward."""
+        return self.itemsize * 4 * self.shape.units**2 * bool(self.sequence)
 
 
 COLUMNS = ("input", "units", *Case._fields[1:-1])
-RARE = ("steps", "launch", "isa")
+RARE = ("steps", "sequence", "launch", "isa")
 USUAL = {name: value for name, value in Case._field_defaults.items() if name in COLUMNS}
 
 
@@ -115,6 +127,7 @@ class Suite(NamedTuple):
     modes: tuple[str, ...] = STEP
     threads: tuple[int, ...] = (0,)
     steps: tuple[int, ...] = (1,)
+    sequence: str = ""
     launches: tuple[str, ...] = (EAGER,)
     isa: str = ""
     device: str = "cpu"
@@ -125,7 +138,18 @@ class Suite(NamedTuple):
         counts = sorted({count or all_threads for count in self.threads})
         kinds = list(product(counts, self.dtypes, self.steps, self.modes, self.launches))
         found = [
-            Case(shape, batch, mode, dtype, count, steps, launch, self.isa, self.device)
+            Case(
+                shape,
+                batch,
+                mode,
+                dtype,
+                count,
+                steps,
+                self.sequence,
+                launch,
+                self.isa,
+                self.device,
+            )
             for shape in self.shapes
             for batch in sorted(set(self.batches or (shape.batch,)))
             for count, dtype, steps, mode, launch in kinds
@@ -143,6 +167,7 @@ FEW = tuple(
 LOOPED = (Shape(16, 16, 1), Shape(128, 128, 8), Shape(256, 256, 64), Shape(512, 512, 512))
 PACKED = ("lstmfused packed", "lstmfused packed bfloat16", "lstmfused packed int8")
 FULL = ("lstmfused float32", PACKED[0], "lstmfused batch-invariant", "allocate")
+STEPPED = "lstmfused stepped"
 GPU_SQUARE = tuple(Shape(units, units) for units in (512, 128, 1024, 256, 64, 2048))
 GPU_SHAPES = (*GPU_SQUARE, Shape(2, 20), Shape(51, 51))
 GPU_BATCHES = (1, 32, 8, 128, 16, 4, 64, 1024, 256, 4096)  # corners before what is between them
@@ -185,6 +210,16 @@ SUITES = {
         (),
         steps=(1, 20),
     ),
+    "layer": Suite(
+        "sequences of 1 to 128 steps, by the layer and by others: 20 minutes",
+        (OWN, "torch", "onnxruntime", STEPPED, "torch stepped"),
+        20 * 60,
+        SQUARE[1:],
+        (1, 8, 32, 128),
+        threads=(1, 0),
+        steps=(1, 16, 128),
+        sequence=LAYER,
+    ),
     "memory": Suite(
         "bytes that a training step keeps for backward, and the most that it takes",
         (OWN, "torch"),
@@ -212,6 +247,17 @@ SUITES = {
         (INFERENCE,),
         launches=LAUNCHES[:2],
         device="cuda",
+    ),
+}
+# What a suite measures beside its own: bytes; resets, as CleanRL trains with them; few units.
+BESIDE = {
+    "full": (SUITES["memory"],),
+    "layer": (
+        SUITES["layer"]._replace(
+            shapes=(Shape(512, 128),), batches=(2, 8), steps=(128,), sequence=RESETS
+        ),
+        SUITES["layer"]._replace(shapes=SQUARE[:3], batches=(1,), steps=(64,)),
+        SUITES["layer"]._replace(batches=(8, 32), threads=(0,), steps=(16, 128), modes=(KEPT,)),
     ),
 }
 # Of the full run, in a process of its own.

@@ -62,6 +62,7 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     some = rows[
         rows["launch"].eq(EAGER)
         & rows["steps"].eq(1)
+        & rows["sequence"].eq("")
         & rows["isa"].eq("")
         & rows["mode"].isin(STEP)
     ]

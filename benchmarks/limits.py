@@ -15,7 +15,7 @@ from threading import Barrier
 
 import torch
 
-from .cases import COLD, DTYPES, GPU_DTYPES, Case
+from .cases import COLD, DTYPES, GPU_DTYPES, TRAINING, Case
 from .problem import precision
 from .record import Json, cpuinfo
 from .timing import ROUNDS, by_turns, replayed
@@ -52,9 +52,13 @@ class Roofline:
         looked at.
         """
         peak = self.peak.get(case.dtype, self.peak["float32"])
-        sizes = [s for s in self.bandwidth if s <= case.bytes or case.launch == COLD]
-        bandwidth = self.bandwidth[max(sizes, default=min(self.bandwidth))]
-        return max(case.flops / peak, case.bytes / bandwidth) * 1e-3
+
+        def read(size: int) -> float:
+            sizes = [s for s in self.bandwidth if s <= size or case.launch == COLD]
+            return size / self.bandwidth[max(sizes, default=min(self.bandwidth))]
+
+        passes = case.steps * (2 if case.mode == TRAINING else 1)
+        return 1e-3 * max(case.flops / peak, read(case.bytes), passes * read(case.recurrent))
 
 
 def rooflines(data: Json) -> dict[str, Roofline]:

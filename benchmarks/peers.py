@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 import lstmfused
 
-from .cases import EAGER, INFERENCE, STEP, Case
+from .cases import EAGER, INFERENCE, RESETS, STEP, STEPPED, Case
 from .problem import Bound, Pair, Problem, over_time
 
 
@@ -28,8 +28,13 @@ class Peer:
 
     computes = True  # and is therefore verified
 
-    def __init__(self, name: str, cell: type[nn.LSTMCell] = nn.LSTMCell) -> None:
-        self.name, self.cell = name, cell
+    def __init__(
+        self,
+        name: str,
+        cell: type[nn.LSTMCell] = nn.LSTMCell,
+        layer: type[nn.LSTM] | None = None,
+    ) -> None:
+        self.name, self.cell, self.layer = name, cell, layer
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine."""
@@ -51,21 +56,39 @@ class Peer:
     def module(self, problem: Problem) -> nn.Module:
         """The cell with the problem's own parameters, so that gradients land there."""
         state = problem.leaves["hx"]
-        module = self.cell(*problem.case.shape[:2], dtype=state.dtype, device=state.device)
+        whole = self.layer if problem.case.sequence else None
+        kind: type[nn.Module] = whole or self.cell
+        module = kind(*problem.case.shape[:2], dtype=state.dtype, device=state.device)
         for name, parameter in problem.parameters.items():
-            setattr(module, name, parameter)
-        return Loop(module) if problem.case.steps > 1 else module
+            setattr(module, name + ("_l0" if whole else ""), parameter)
+        if whole:
+            return Layer(module, problem)
+        return Loop(module, problem) if problem.state[0].dim() == 3 else module
 
 
 class Loop(nn.Module):
     """The cell over a sequence (T,B,I)."""
 
-    def __init__(self, cell: nn.Module) -> None:
+    def __init__(self, cell: nn.Module, problem: Problem) -> None:
         super().__init__()
         self.cell = cell
+        self.over_time = over_time(lambda x, h, c: self.cell(x, (h, c)), problem)
 
     def forward(self, input: Tensor, hx: Pair) -> Pair:
-        return over_time(lambda x, h, c: self.cell(x, (h, c)))(input, *hx)
+        return self.over_time(input, *hx)
+
+
+class Layer(nn.Module):
+    """One layer over a sequence (T,B,I): h of every step, and the last c."""
+
+    def __init__(self, layer: nn.Module, problem: Problem) -> None:
+        super().__init__()
+        self.layer = layer
+        self.given = {} if problem.reset is None else {"reset": problem.reset}
+
+    def forward(self, input: Tensor, hx: Pair) -> Pair:
+        output, (_, c) = self.layer(input, (hx[0][None], hx[1][None]), **self.given)
+        return output, c[0]
 
 
 def bound(module: Callable[..., Pair], problem: Problem) -> Bound:
@@ -76,6 +99,13 @@ def bound(module: Callable[..., Pair], problem: Problem) -> Bound:
 
 # --------------------------------------------------------------------------------------------------
 # Of our own
+
+
+class Stepped(Peer):
+    """A cell in a Python loop, where others run a layer."""
+
+    def supports(self, case: Case) -> bool:
+        return bool(case.sequence) and case.steps > 1
 
 
 class InFloat32(Peer):
@@ -178,6 +208,8 @@ class OnnxRuntime(Peer):
         return f"{' and '.join(absent)} not installed" if absent else None
 
     def supports(self, case: Case) -> bool:
+        if case.sequence == RESETS:
+            return False
         return case.mode == INFERENCE and case.dtype == "float32" and case.device == "cpu"
 
     def bind(self, problem: Problem) -> Bound:
@@ -189,9 +221,11 @@ class OnnxRuntime(Peer):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Bound once and written in place: the cheapest way to call it.
         x, h, c = (leaf.detach() for leaf in problem.state)
-        outputs = torch.empty_like(h), torch.empty_like(c)
+        outputs = torch.empty_like(problem.grad_outputs[0]), torch.empty_like(c)
         feeds = {"X": x.view(problem.case.steps, len(h), -1), "h0": h[None], "c0": c[None]}
-        fetches = {"h1": outputs[0][None], "c1": outputs[1][None]}
+        every = bool(problem.case.sequence)  # (T,1,B,H)
+        first = {"Y": outputs[0][:, None]} if every else {"h1": outputs[0][None]}
+        fetches = first | {"c1": outputs[1][None]}
         model, providers = self.model(problem, feeds, fetches), ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(model, options, providers=providers)
         binding = session.io_binding()
@@ -219,7 +253,8 @@ class OnnxRuntime(Peer):
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, t.shape) for n, t in of.items()]
             for of in named
         )
-        arguments, results = ["X", "W", "R", "B", "", "h0", "c0"], ["", "h1", "c1"]
+        arguments = ["X", "W", "R", "B", "", "h0", "c0"]
+        results = ["Y", "", "c1"] if problem.case.sequence else ["", "h1", "c1"]
         units = problem.case.shape.units
         node = helper.make_node("LSTM", arguments, results, hidden_size=units)
         graph = helper.make_graph([node], "cell", inputs, outputs, constants)
@@ -315,7 +350,8 @@ class Empty(Peer):
 
 
 FIELD = (
-    Peer("lstmfused", lstmfused.LSTMCell),
+    Peer("lstmfused", lstmfused.LSTMCell, lstmfused.LSTM),
+    Stepped(STEPPED, lstmfused.LSTMCell),
     InFloat32("lstmfused float32", lstmfused.LSTMCell),
     BatchInvariant("lstmfused batch-invariant", lstmfused.LSTMCell),
     Packed("lstmfused packed", torch.float32),
@@ -323,7 +359,8 @@ FIELD = (
     Packed("lstmfused packed int8", torch.int8),
     Compiled("lstmfused compiled", lstmfused.LSTMCell),
     Compiled("a compiled module that computes nothing", NothingCell),
-    Peer("torch"),
+    Peer("torch", layer=nn.LSTM),
+    Stepped("torch stepped"),
     Compiled("compile", nn.LSTMCell),
     Compiled("reduce-overhead", nn.LSTMCell, "reduce-overhead"),
     OnnxRuntime("onnxruntime"),

@@ -14,7 +14,18 @@ from torch.nn import Parameter
 
 from lstmfused import reference
 
-from .cases import GRAD, HVP, INFERENCE, INPUT_PENALTY, JVP, PENALTY, TRAINING, WITHOUT_GRAD, Case
+from .cases import (
+    GRAD,
+    HVP,
+    INFERENCE,
+    INPUT_PENALTY,
+    JVP,
+    PENALTY,
+    RESETS,
+    TRAINING,
+    WITHOUT_GRAD,
+    Case,
+)
 
 Pair = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Tensor], Pair]  # x, h, c -> h', c'
@@ -31,6 +42,7 @@ PEER_FACTOR = 4
 # A gradient is a sum over batch or gates whose terms cancel: its rounding follows the largest
 # element of the tensor, and grows with the number of terms.
 GRADIENT_FACTOR = 10
+RESET = 0.05  # of the steps of a row
 
 
 class WrongResult(Exception):
@@ -52,7 +64,8 @@ class Problem:
         def weight(*size: int) -> Parameter:  # as nn.LSTMCell draws them
             return Parameter(((torch.rand(size, **given) * 2 - 1) * units**-0.5).to(dtype))
 
-        time = (case.steps,) if case.steps > 1 else ()
+        time = (case.steps,) if case.steps > 1 or case.sequence else ()
+        every = time if case.sequence else ()  # or the last state alone
         self.case = case
         self.leaves: dict[str, Tensor] = {
             "input": normal(*time, batch, inputs).requires_grad_(),
@@ -63,7 +76,9 @@ class Problem:
             "bias_ih": weight(4 * units),
             "bias_hh": weight(4 * units),
         }
-        self.grad_outputs = normal(batch, units), normal(batch, units)
+        self.grad_outputs = normal(*every, batch, units), normal(batch, units)
+        draws = torch.rand((case.steps, batch), **given)
+        self.reset = draws < RESET if case.sequence == RESETS else None  # (T,B)
         self._expected: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -177,13 +192,18 @@ class Bound:
         return body
 
 
-def over_time(step: Step) -> Step:
-    """Of a sequence (T,B,I): a step for each of its inputs."""
+def over_time(step: Step, problem: Problem) -> Step:
+    """Of a sequence (T,B,I): a step for each of its inputs. Of a layer h' is that of every step."""
 
     def loop(x: Tensor, h: Tensor, c: Tensor) -> Pair:
-        for now in x.unbind():
+        every = []
+        for t, now in enumerate(x.unbind()):
+            if problem.reset is not None:
+                kept = ~problem.reset[t, :, None]
+                h, c = h * kept, c * kept
             h, c = step(now, h, c)
-        return h, c
+            every.append(h)
+        return torch.stack(every) if problem.case.sequence else h, c
 
     return loop
 
@@ -194,7 +214,7 @@ def formula(problem: Problem) -> Bound:
     def step(x: Tensor, h: Tensor, c: Tensor) -> Pair:
         return reference.lstm_cell(x, (h, c), *weights)
 
-    whole = over_time(step) if problem.case.steps > 1 else step
+    whole = over_time(step, problem) if problem.state[0].dim() == 3 else step
     return Bound(problem, whole, lambda: whole(*problem.state))
 
 

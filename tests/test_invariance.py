@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -152,3 +153,39 @@ def test_refuses_what_would_not_be_invariant() -> None:
     inputs = torch.stack([given.input, given.input + 1])
     joined = torch.func.vmap(h)(inputs)
     assert torch.equal(joined[1], h(inputs[1]))
+
+
+LAYERS = [(1, 1, 3, 5), (9, 20, 33, 17), (12, 2, 130, 70), (3, 140, 16, 64), (300, 3, 64, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_layer_has_the_bits_of_a_stepped_cell(
+    sizes: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> None:
+    """Whatever the steps, the batch, the threads, resets and lengths; without and with grad."""
+    T, B, I, H = sizes
+    torch.manual_seed(0)
+    layer = lstmfused.LSTM(I, H, bidirectional=True, dtype=dtype)
+    x, h, c = (torch.randn(s, dtype=dtype) for s in ((T, B, I), (2, B, H), (2, B, H)))
+    reset, lengths = torch.rand(T, B) < 0.2, torch.randint(0, T + 1, (B,))
+    torch.set_num_threads(threads)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            output, state, cells = layer(x, (h, c), reset, lengths, return_cell_states=True)
+        for direction, cell in enumerate(map(partial(layer.cell, 0), (0, 1))):
+            now = h[direction], c[direction]
+            half = slice(direction * H, direction * H + H)
+            for t in reversed(range(T)) if direction else range(T):
+                # On the way back the boundary before t + 1 is met before step t.
+                at = t + 1 if direction else t
+                starts = reset[at] & (at < lengths) if at < T else torch.zeros(B).bool()
+                before = [s.masked_fill(starts.unsqueeze(1), 0) for s in now]
+                with torch.no_grad():
+                    after = cell(x[t], (before[0], before[1]))
+                lives = (t < lengths).unsqueeze(1)
+                now = torch.where(lives, after[0], now[0]), torch.where(lives, after[1], now[1])
+                assert torch.equal(output[t, :, half], now[0] * lives)
+                assert torch.equal(cells[t, :, half], now[1] * lives)
+            assert all(map(torch.equal, (s[direction] for s in state), now))

@@ -194,7 +194,10 @@ def _layers(
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         if dropout > 0 and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
-    return x, torch.stack(h_n), torch.stack(c_n), torch.cat(cells, 2) if cell_states else x
+    if len(h_n) == 1:  # views, which cost less than copies
+        return x, h_n[0].unsqueeze(0), c_n[0].unsqueeze(0), cells[0] if cell_states else x
+    every = torch.cat(cells, 2) if cell_states else x
+    return x, torch.stack(h_n), torch.stack(c_n), every
 
 
 def _of_tensor(

@@ -100,7 +100,7 @@ constexpr int64_t kTlbBytes = 8 << 20;
 constexpr int64_t kWorkPerThread = 100'000;  // multiply-adds: less is done sooner by one thread alone
 // The same within a sequence, whose threads wait for one another's step already; and how often they look
 // before they let others run.
-constexpr int64_t kWorkPerTeammate = 25'000, kSpins = 4096;
+constexpr int64_t kWorkPerTeammate = 25'000, kSpins = 512;
 constexpr int64_t kHugePageTensor = 4 << 20;      // bytes of a tensor that asks for huge pages
 constexpr int64_t kHugePageAlignment = 64 << 10;  // bytes: whole pages wherever these are no larger
 
