@@ -85,8 +85,19 @@ template <class W>
 struct Packed : Step<float> {
   const W* weight;     // of each block (I + H, 4, units): the rows of the input, then those of the state
   const float* scale;  // of each block (4, units), by which the sums are multiplied, or null
-  const float* bias;   // of each block (4, units), the sum of both
+  const float* bias;   // of each block (4, units), the sum of both, or null
 };
+
+// Weights to be packed for a sequence, which takes no longer than a few rows' multiplication with them.
+struct Pack {
+  int64_t H, K;  // units, depth
+  const float* weight;
+  int64_t unit_stride, depth_stride;  // gate g of unit u at depth k: (g * H + u, k)
+  float* packed;
+};
+constexpr int64_t packed_size(int64_t H, int64_t K) {
+  return 4 * K * ((H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple);
+}
 
 // X is the type of the gate gradients, a left factor: the CPU's kernels want it widened, CUDA's do not.
 template <class T, class X = Accumulate<T>>

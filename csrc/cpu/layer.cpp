@@ -81,6 +81,28 @@ void copy_rows(const Tensor& from, char* to) {
 // ---------------------------------------------------------------------------------------------------
 // Forward
 
+// The weights of the state, packed where that pays. Not where rows must not depend on the batch: there dots
+// and panels are chosen by the sizes alone.
+template <class T>
+Tensor packed_weights(const Steps& s, const Forward<T>& given, const Pool& pool) {
+  if constexpr (std::is_same_v<T, float>)
+    if (s.rows() >= kPackedSequence && !given.batch_invariant) {
+      const Tensor packed = empty_cpu({packed_size(s.H, s.H)}, at::kFloat);
+      cpu_kernels().pack({s.H, s.H, given.weight_hh, s.H, 1, out<float>(packed)}, pool);
+      return packed;
+    }
+  return {};
+}
+
+template <class T>
+void run_step(const CellKernels<T>& kernels, const Forward<T>& step, [[maybe_unused]] const Tensor& packed,
+              const Pool& pool) {
+  if constexpr (std::is_same_v<T, float>)
+    if (packed.defined())
+      return cpu_kernels().packed_f32({step, in<float>(packed), nullptr, nullptr}, pool);
+  kernels.forward(step, pool);
+}
+
 // hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time hold the initial
 // state. gates (T, B, 4H) are undefined where they are not wanted.
 template <class T>
@@ -98,6 +120,7 @@ void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& gi
   const int64_t keep = cells.size(0) > 1;
 
   with_team(s.work(), [&](const Pool& pool) {
+    const Tensor packed = packed_weights(s, given, pool);
     each_chunk(s, steps, [&](const Chunk& chunk) {
       A* const sums = in_place ? reinterpret_cast<A*>(out_gates) + chunk.first * s.B * G : out<A>(scratch);
       Forward<T> inputs = given;
@@ -131,7 +154,7 @@ void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& gi
         step.bias_ih = step.bias_hh = nullptr;  // among the sums
         step.starting_sums = sums + ((t - chunk.first) * s.B + row) * G;
         step.mask = mask ? mask + row : nullptr;
-        kernels.forward(step, pool);
+        run_step(kernels, step, packed, pool);
       }
     });
   });

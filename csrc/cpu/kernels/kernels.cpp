@@ -31,6 +31,7 @@ const Kernels LSTMFUSED_NAME(kernels_, LSTMFUSED_ISA) = {
     LSTMFUSED_VARIANT::forward_packed<float>,
     LSTMFUSED_VARIANT::forward_packed<bfloat16>,
     LSTMFUSED_VARIANT::forward_packed<int8_t>,
+    LSTMFUSED_VARIANT::pack,
 };
 #endif
 

@@ -65,6 +65,7 @@ struct Kernels {
   PackedKernel<float> packed_f32;
   PackedKernel<bfloat16> packed_bf16;
   PackedKernel<int8_t> packed_i8;
+  void (*pack)(const Pack&, const Pool&);
 };
 
 // The same source, kernels.cpp, compiled for several instruction sets.

@@ -50,6 +50,7 @@ static __attribute__((noinline)) void finish_rows(const Packed<W>& p, int64_t ro
         [&](int64_t r)
             LSTMFUSED_INLINED { return Gates<Vector>{sum(r, 0), sum(r, 1), sum(r, 2), sum(r, 3)}; },
         [&](int64_t) LSTMFUSED_INLINED {
+          if (!p.bias) return Gates<Vector>{};
           return Gates<Vector>{packed(p.bias, 0), packed(p.bias, 1), packed(p.bias, 2), packed(p.bias, 3)};
         });
   }
@@ -118,6 +119,37 @@ static void packed_block(const Packed<W>& p, Range rows, int64_t u0) {
     constexpr int kRest = kStride / N % kPanel;
     if constexpr (kRest > 0) multiply(Constant<kRest>{}, column);
   }
+}
+
+// Of one block; from torch's layout by transposition in registers.
+static void pack_block(const Pack& p, int64_t u0) {
+  constexpr int N = kLanes<float>;
+  const int64_t units = p.H - u0 < kPackedUnits ? p.H - u0 : kPackedUnits,
+                width = (units + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
+  float* const block = p.packed + 4 * u0 * p.K;
+  for (int64_t k = 0; k < p.K; k += N)
+    for (int gate = 0; gate < 4; gate++)
+      for (int64_t u = 0; u < width; u += N) {
+        const int64_t n = p.K - k < N ? p.K - k : N;
+        const float* from = p.weight + (gate * p.H + u0 + u) * p.unit_stride + k * p.depth_stride;
+        Vec<float> v[N];
+        for (int i = 0; i < N; i++) v[i] = Vec<float>{};
+        if (p.depth_stride == 1) {
+          for (int i = 0; i < N && u + i < units; i++) v[i] = load_upto(from + i * p.unit_stride, n);
+          transpose<float>(v);
+        } else {
+          for (int64_t i = 0; i < n; i++) v[i] = load_upto(from + i * p.depth_stride, units - u);
+        }
+        for (int64_t i = 0; i < n; i++)
+          store_upto(block + ((k + i) * 4 + gate) * width + u, v[i], width - u);
+      }
+}
+
+static inline void pack(const Pack& p, const Pool& pool) {
+  pool.run(
+      (p.H + kPackedUnits - 1) / kPackedUnits, 4 * p.H * p.K * kPackWork,
+      [](const void* context, int64_t i) { pack_block(*static_cast<const Pack*>(context), i * kPackedUnits); },
+      &p);
 }
 
 template <bool FromDram, class W>

@@ -58,6 +58,8 @@ constexpr int64_t kPageBytes = 4096;  // the hardware prefetcher stops at its en
 constexpr int64_t kEpilogueWork = 50;    // the epilogue's cost, in multiply-adds of each of the four sums
 constexpr int64_t kWeightFetchWork = 2;  // the cost of fetching a weight, in multiply-adds
 
+constexpr int64_t kPackWork = 8;           // the cost of packing a weight, in multiply-adds
+constexpr int64_t kPackedSequence = 256;  // rows of all steps from which on packing the weights of a sequence pays
 constexpr int kPackedRows = 256;  // rows of a task at most: its scratch holds their sums
 
 // ---------------------------------------------------------------------------------------------------
