@@ -11,8 +11,8 @@ namespace lstmfused {
 // In forward mode. torch's own question, isFwGradDefined, takes a copy of the tensor to be asked.
 inline bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
-// (B, H) zeros beside x (..., B, I). Of many, one row stands for all: torch fills so much in parallel, which
-// would hang after fork. A subclass, as DTensor is, makes zeros of its own kind.
+// (B, H) zeros beside x (..., B, I). Of many, one row stands for all: torch fills so much in parallel,
+// which would hang after fork. A subclass, as DTensor is, makes zeros of its own kind.
 inline Tensor zero_state(const Tensor& x, const c10::SymInt& units, at::ScalarType dtype) {
   const c10::SymInt batch = x.sym_size(-2);
   if (x.unsafeGetTensorImpl()->is_python_dispatch()) return x.new_zeros_symint({batch, units}, dtype);

@@ -191,7 +191,7 @@ void check_layer_backward(const OptionalTensor& grad_output, const OptionalTenso
   check("grad_c", grad_c, {B, H}, cells);
   check("grad_cells", grad_cells, {T, B, H}, cells);
   check("weight_hh", weight_hh, {4 * H, H}, hidden);
-  const int64_t I = input && input->dim() == 3         ? input->size(2)
+  const int64_t I = input && input->dim() == 3           ? input->size(2)
                     : weight_ih && weight_ih->dim() == 2 ? weight_ih->size(1)
                                                          : 0;
   check("input", input, {T, B, I}, hidden);
@@ -199,8 +199,8 @@ void check_layer_backward(const OptionalTensor& grad_output, const OptionalTenso
   if (mask) {
     check_place("mask", *mask, hidden);
     TORCH_CHECK(mask->scalar_type() == at::kByte && mask->sizes() == at::IntArrayRef({T, B}),
-                "lstm_layer: expected mask of shape [", T, ", ", B, "] in Byte, got ", mask->sizes(), " in ",
-                mask->scalar_type());
+                "lstm_layer: expected mask of shape [", T, ", ", B, "] in Byte, got ", mask->sizes(),
+                " in ", mask->scalar_type());
   }
   check_needed(input, hidden, weight_ih, weight_hh, wanted);
 }

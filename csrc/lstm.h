@@ -55,7 +55,7 @@ struct Step {
   // For sequences, on the CPU. What input and biases add to the gates before activation, which is made for
   // many steps at once: (B, 4H), or null. Rows lie 4H apart.
   //
-  // Written, and nothing else: h, c, hx and cx are not looked at.
+  // Written, and nothing else: h, c, hx and cx are not looked at. I is not 0.
   Accumulate<T>* sums = nullptr;
   // Read, and added to what the state adds; may be where gates are written.
   const Accumulate<T>* starting_sums = nullptr;
@@ -94,9 +94,10 @@ struct Pack {
   const float* weight;
   int64_t unit_stride, depth_stride;  // gate g of unit u at depth k: (g * H + u, k)
   float* packed;
+  int64_t begin, depth;  // where its K are in the depth of what is packed
 };
-constexpr int64_t packed_size(int64_t H, int64_t K) {
-  return 4 * K * ((H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple);
+constexpr int64_t packed_units(int64_t H) {
+  return (H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
 }
 
 // X is the type of the gate gradients, a left factor: the CPU's kernels want it widened, CUDA's do not.
@@ -131,7 +132,8 @@ struct Backward {
   bool wide_cell = false;
   // For sequences, on the CPU.
   //
-  // (B), or null. Where a row is reset, hx is zero in the product of grad_weight_hh: the caller gives it so.
+  // (B), or null. Where a row is reset, hx is zero in the product of grad_weight_hh: the caller gives it
+  // so.
   const RowMask* mask = nullptr;
   // (B, H), or null: what the next step adds to grad_h and grad_c.
   const T* next_grad_h = nullptr;

@@ -21,8 +21,8 @@
 // again, by lstm_cell_tangents: directional derivatives of step and gradients, of which
 // lstm_cell_unit_tangents is the part without products.
 //
-// lstm_layer is T steps in one direction; lstm_layer_forward and lstm_layer_backward are what autograd makes
-// of it.
+// lstm_layer is T steps in one direction; lstm_layer_forward and lstm_layer_backward are what autograd
+// makes of it.
 //
 // Shapes: T steps, B batch, I input, H units; a gate buffer is (B, 4H) with gates in the order i, f, g, o.
 #include "ops.h"
@@ -83,9 +83,9 @@ TORCH_LIBRARY(lstmfused, m) {
       "lstm_cell_packed(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
       "int input_size, int hidden_size, int format) -> (Tensor h, Tensor c)",
       {at::Tag::pt2_compliant_tag});
-  // input (T, B, I), hx and cx (B, H). mask (T, B) has a RowMask, see lstm.h, for each row of each step. With
-  // reverse the last step comes first; output is the state after each step, h and c are those after the
-  // last one that was taken, cells (T, B, H) each c if cell_states, else without an element.
+  // input (T, B, I), hx and cx (B, H). mask (T, B) has a RowMask, see lstm.h, for each row of each step.
+  // With reverse the last step comes first; output is the state after each step, h and c are those after
+  // the last one that was taken, cells (T, B, H) each c if cell_states, else without an element.
   m.def(
       "lstm_layer(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih, Tensor? bias_hh, Tensor? mask, bool reverse, bool cell_states) -> (Tensor output, "

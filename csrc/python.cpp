@@ -40,8 +40,8 @@ void check(PyObject* object, const Names& names, const char* name) {
     const bool none = std::is_same_v<T, OptionalTensor> && object == Py_None;
     // What is no Tensor may know what to do with a call, as torch.fx's Proxy does.
     TORCH_CHECK_TYPE(
-        none || THPVariable_Check(object) || PyObject_HasAttrString(object, "__torch_function__"),
-        names.op, "(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
+        none || THPVariable_Check(object) || PyObject_HasAttrString(object, "__torch_function__"), names.op,
+        "(): argument '", name, "' must be Tensor, not ", Py_TYPE(object)->tp_name);
   }
 }
 

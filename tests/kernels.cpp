@@ -240,23 +240,60 @@ static void test(const CellKernels<T>& kernels, int64_t B, int64_t I, int64_t H,
   }
 }
 
-// A step of a sequence: what the input adds is there already, and rows are reset or skipped. Forward from
-// torch's and from packed weights, and backward.
+// Kernels of packed weights, where T has them.
+using Packing = std::pair<PackedKernel<float>, void (*)(const Pack&, const Pool&)>;
+
+// weight (4H, K) and bias (4H) -> packed by the kernel, from torch's layout or, transposed, from (K, 4H).
+struct PackedWeights {
+  vector<float> weight, bias;
+
+  PackedWeights(const Packing& packing, const vector<float>& w, const vector<float>& b, int64_t H,
+                int64_t K, const Pool& pool)
+      : weight(K * 4 * packed_units(H)), bias(4 * packed_units(H)) {
+    packing.second({H, K, w.data(), K, 1, weight.data(), 0, K}, pool);
+    packing.second({H, 1, b.data(), 1, 0, bias.data(), 0, 1}, pool);
+    vector<float> transposed(w.size()), again(weight.size());
+    for (int64_t row = 0; row < 4 * H; row++)
+      for (int64_t k = 0; k < K; k++) transposed[k * 4 * H + row] = w[row * K + k];
+    const int64_t half = K / 2;
+    packing.second({H, half, transposed.data(), 1, 4 * H, again.data(), 0, K}, pool);
+    packing.second({H, K - half, transposed.data() + half * 4 * H, 1, 4 * H, again.data(), half, K}, pool);
+    if (again != weight) {
+      failures++;
+      printf("packed weights differ: H %d, K %d\n", int(H), int(K));
+    }
+  }
+};
+
+// A step of a sequence: first what the input adds is made, then rows are stepped, reset or skipped. Forward
+// from torch's and from packed weights, and backward with what the next step adds.
 template <class T>
-static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKernel<float> packed,
-                        int64_t B, int64_t H, int64_t threads) {
+static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] const Packing& packing, int64_t B,
+                        int64_t I, int64_t H, int64_t threads) {
   using A = Accumulate<T>;
-  const int64_t G = 4 * H, sums_stride = G + 3;
+  const int64_t G = 4 * H;
   const Pool pool{run_in_reverse, threads, 1 << 20};
-  const double scale = 1 / sqrt(double(H));
+  const double scale = 1 / sqrt(double(std::max(I, H)));
   const vector<T> h_ = uniform<T>(B * H, 1), c_ = uniform<T>(B * H, 1), weight = uniform<T>(G * H, scale),
-                  bias = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1), grad_c = uniform<T>(B * H, 1);
-  const vector<A> sums = uniform<A>(B * sums_stride, 1);
+                  bias = uniform<T>(G, 1), grad_h = uniform<T>(B * H, 1), grad_c = uniform<T>(B * H, 1),
+                  input = uniform<T>(B * I, 1), weight_ih = uniform<T>(G * I, scale),
+                  next_grad_h = uniform<T>(B * H, 1), next_grad_c = uniform<T>(B * H, 1);
+  const vector<double> x = values(input), wi = values(weight_ih);
+  vector<double> of_input(B * G);
+  for (int64_t row = 0; row < B; row++)
+    for (int64_t i = 0; i < G; i++) {
+      of_input[row * G + i] = value(bias[i]);
+      for (int64_t k = 0; k < I; k++) of_input[row * G + i] += x[row * I + k] * wi[i * I + k];
+    }
   vector<RowMask> mask(B);
   for (RowMask& row : mask) row = RowMask(int(3 * (uniform() + 1) / 2) % 3);
   vector<double> h = values(h_), c = values(c_);
-  const vector<double> w = values(weight), b = values(bias), start = values(sums), gh = values(grad_h),
-                       gc = values(grad_c), given_h = h, given_c = c;
+  const vector<double> w = values(weight);
+  vector<double> gh = values(grad_h), gc = values(grad_c);
+  for (int64_t i = 0; i < B * H; i++) {
+    gh[i] += value(next_grad_h[i]);
+    gc[i] += value(next_grad_c[i]);
+  }
   for (int64_t row = 0; row < B; row++)
     for (int64_t u = 0; u < H && mask[row] == RowMask::kReset; u++) h[row * H + u] = c[row * H + u] = 0;
   vector<double> gates(B * G), next_h(B * H), next_c(B * H);
@@ -265,7 +302,7 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKe
       const int64_t at = row * H + u;
       double gate[4];
       for (int64_t g = 0; g < 4; g++) {
-        double sum = b[g * H + u] + start[row * sums_stride + g * H + u];
+        double sum = of_input[row * G + g * H + u];
         for (int64_t k = 0; k < H; k++) sum += h[row * H + k] * w[(g * H + u) * H + k];
         gates[row * G + g * H + u] = gate[g] = g == 2 ? tanh(sum) : 1 / (1 + exp(-sum));
       }
@@ -283,40 +320,48 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKe
 
   const auto compare = [&](const char* kind, const vector<T>& out_h, const vector<T>& out_c,
                            const vector<T>& out_gates) {
-    check(kind, out_h, next_h, double(H), B, 0, H);
-    check(kind, out_c, next_c, double(H), B, 0, H);
+    check(kind, out_h, next_h, double(I + H), B, I, H);
+    check(kind, out_c, next_c, double(I + H), B, I, H);
     vector<T> of_steps = out_gates;  // those of rows that are skipped are of no use
     for (int64_t row = 0; row < B; row++)
       for (int64_t i = row * G; i < row * G + G && mask[row] == RowMask::kSkip; i++)
         assign(of_steps[i], gates[i]);
-    check(kind, of_steps, gates, double(H), B, 0, H);
+    check(kind, of_steps, gates, double(I + H), B, I, H);
   };
   vector<T> out_gates(B * G);
+  vector<A> wide_sums(B * G);
+  // Sums become gates in place, where both are of one type.
+  A* sums = wide_sums.data();
+  if constexpr (std::is_same_v<T, A>) sums = out_gates.data();
+  const auto inputs = [&]() -> Step<T> {
+    Step<T> step{B, I, H, input.data(), I, input.data(), 0, input.data(), 0, nullptr, nullptr, nullptr};
+    step.sums = sums;
+    return step;
+  };
+  const auto check_sums = [&](const char* kind) {
+    check(kind, vector<A>(sums, sums + B * G), of_input, double(I), B, I, H);
+  };
   const auto step = [&](T* next_hidden, T* next_cell) -> Step<T> {
-    return {B, 0,           H,         nullptr,          0,     hx.data(),   H,           cx.data(),
-            H, next_hidden, next_cell, out_gates.data(), false, sums.data(), sums_stride, mask.data()};
+    return {B, 0,           H,         hx.data(),        0,     hx.data(), H,    cx.data(),
+            H, next_hidden, next_cell, out_gates.data(), false, nullptr,   sums, mask.data()};
   };
   for (const bool batch_invariant : {false, true}) {
     vector<T> out_h(B * H), out_c(B * H);
+    kernels.forward({inputs(), weight_ih.data(), weight.data(), bias.data(), nullptr, batch_invariant},
+                    pool);
+    check_sums("sums");
     kernels.forward(
-        {step(out_h.data(), out_c.data()), nullptr, weight.data(), bias.data(), nullptr, batch_invariant},
+        {step(out_h.data(), out_c.data()), nullptr, weight.data(), nullptr, nullptr, batch_invariant},
         pool);
     compare("masked", out_h, out_c, out_gates);
   }
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t padded = (H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
-    vector<float> packed_weight(4 * padded * H), packed_bias(4 * padded);
-    for (int64_t u0 = 0; u0 < H; u0 += kPackedUnits) {
-      const int64_t width = std::min<int64_t>(kPackedUnits, padded - u0);
-      for (int64_t g = 0; g < 4; g++)
-        for (int64_t u = 0; u < width && u0 + u < H; u++) {
-          packed_bias[4 * u0 + g * width + u] = bias[g * H + u0 + u];
-          for (int64_t k = 0; k < H; k++)
-            packed_weight[4 * u0 * H + (k * 4 + g) * width + u] = weight[(g * H + u0 + u) * H + k];
-        }
-    }
+    const PackedWeights of_inputs(packing, weight_ih, bias, H, I, pool),
+        of_steps(packing, weight, bias, H, H, pool);
     vector<T> out_h(B * H), out_c(B * H);
-    packed({step(out_h.data(), out_c.data()), packed_weight.data(), nullptr, packed_bias.data()}, pool);
+    packing.first({inputs(), of_inputs.weight.data(), nullptr, of_inputs.bias.data()}, pool);
+    check_sums("sums, packed");
+    packing.first({step(out_h.data(), out_c.data()), of_steps.weight.data(), nullptr, nullptr}, pool);
     compare("masked, packed", out_h, out_c, out_gates);
   }
 
@@ -347,9 +392,10 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKe
   }
   for (int64_t i = 0; i < B * H; i++)  // as a sequence has it: zero where a row is reset
     if (mask[i / H] == RowMask::kReset) assign(hx[i], 0);
-  const int64_t rows = backward_rows<T>(B, 0, H), stride = backward_stride<T>(H);
-  vector<A> scratch(rows * stride);
-  vector<T> out_hx(B * H), out_cx(B * H), out_weight(G * H);
+  // In two calls, as a sequence makes them: first of the states, then of the weights, twice.
+  const int64_t stride = backward_stride<T>(H);
+  vector<A> scratch(B * stride);
+  vector<T> out_hx(B * H), out_cx(B * H), out_weight(G * H), out_bias(G);
   kernels.backward({B,
                     0,
                     H,
@@ -366,22 +412,42 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] PackedKe
                     H,
                     nullptr,
                     weight.data(),
-                    rows,
+                    B,
                     scratch.data(),
                     stride,
                     nullptr,
                     out_hx.data(),
                     out_cx.data(),
                     nullptr,
-                    out_weight.data(),
+                    nullptr,
                     nullptr,
                     nullptr,
                     false,
-                    mask.data()},
+                    mask.data(),
+                    next_grad_h.data(),
+                    next_grad_c.data()},
                    pool);
   check("masked grad_hx", out_hx, dh, double(G), B, 0, H);
   check("masked grad_cx", out_cx, dc, 1, B, 0, H);
-  check("masked grad_weight_hh", out_weight, dw, double(B), B, 0, H);
+  Backward<T> products{};
+  products.B = products.rows = B;
+  products.H = products.hx_stride = H;
+  products.hx = hx.data();
+  products.grad_gates = scratch.data();
+  products.grad_gates_stride = stride;
+  products.grad_weight_hh = out_weight.data();
+  products.grad_bias_hh = out_bias.data();
+  vector<double> db(G);
+  for (int64_t i = 0; i < B * G; i++) db[i % G] += dg[i];
+  for (int times = 1; times <= (std::is_same_v<T, A> ? 2 : 1); times++) {
+    kernels.backward(products, pool);
+    vector<double> weights = dw, biases = db;
+    for (double& grad : weights) grad *= times;
+    for (double& grad : biases) grad *= times;
+    check("masked grad_weight_hh", out_weight, weights, double(B * times), B, 0, H);
+    check("masked grad_bias_hh", out_bias, biases, double(B * times), B, 0, H);
+    products.accumulate = true;
+  }
 }
 
 // From packed weights: those of lstm.h, packed here once more. scale is what int8 weights are multiplied
@@ -509,7 +575,7 @@ static void test_half(const CellKernels<T>& kernels) {
     for (int64_t threads : {1, 3}) {
       test<T>(kernels, B, I, H, threads);
       test<float>(kernels, B, I, H, threads);
-      test_masked(kernels, {}, B, H, threads);
+      test_masked(kernels, {}, B, std::max<int64_t>(I, 1), H, threads);
     }
 }
 
@@ -530,8 +596,8 @@ static const char* test_all() {
       test_packed(kernels.packed_f32, B, I, H, threads);
       test_packed(kernels.packed_bf16, B, I, H, threads);
       test_packed(kernels.packed_i8, B, I, H, threads);
-      test_masked(kernels.f32, kernels.packed_f32, B, H, threads);
-      test_masked(kernels.f64, {}, B, H, threads);
+      test_masked(kernels.f32, {kernels.packed_f32, kernels.pack}, B, std::max<int64_t>(I, 1), H, threads);
+      test_masked(kernels.f64, {}, B, std::max<int64_t>(I, 1), H, threads);
     }
   test<double>(kernels.f64, 600, 9, 130, 1);                           // more than one part of the batch
   for (int64_t B : {3, 7}) test<float>(kernels.f32, B, 4100, 260, 2);  // weights that stream from DRAM

@@ -1,9 +1,11 @@
-"""What test_distributed.py runs in one and two processes: cells on DTensors, torch's and ours."""
+"""What test_distributed.py runs in one and two processes: cells and layers on DTensors, torch's and
+ours."""
 
 from __future__ import annotations
 
 import copy
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,36 @@ def run(
     return whole, [str(t.placements) for t in (h, c, *(t.grad for t in (x, *hx)))]
 
 
+def check_layer(mesh: DeviceMesh, shard: bool, state: bool, masked: bool) -> None:
+    """Outputs and gradients of a layer on sharded tensors, and those on whole ones."""
+    torch.manual_seed(0)
+    layer = lstmfused.LSTM(I, H, bidirectional=True).double()
+    x, (h, c) = torch.randn(STEPS, 4, I).double(), layer.initial_state(4)
+    h, c = torch.rand_like(h), torch.randn_like(c)
+    reset = torch.arange(STEPS * 4).view(STEPS, 4) % 3 == 0 if masked else None
+    results = []
+    for module in (layer, distribute_module(copy.deepcopy(layer), mesh)):
+        placement = [Shard(1) if shard else Replicate()]
+
+        def given(t: Tensor, of: nn.Module = module, place: list[Any] = placement) -> Tensor:
+            return t.clone() if of is layer else distribute_tensor(t, mesh, place)
+
+        inputs = [given(t).requires_grad_() for t in (x, h, c)]
+        outputs = module(
+            inputs[0],
+            (inputs[1], inputs[2]) if state else None,
+            reset=None if reset is None else given(reset),
+        )
+        tensors = [outputs[0], *outputs[1]]
+        torch.stack([t.square().sum() for t in tensors]).sum().backward()
+        tensors += [t.grad for t in (*inputs[: 3 if state else 1], *module.parameters())]
+        results.append([t if module is layer else t.full_tensor() for t in tensors])
+        if shard and module is not layer:
+            assert all(str(t.placements) == "(Shard(dim=1),)" for t in tensors[:3]), tensors[:3]
+    for want, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -62,6 +94,9 @@ def main() -> None:
         if shard:  # nothing was gathered
             assert set(ours) == {"(Shard(dim=0),)"}, ours
         assert where == ours, (where, ours)
+        count += 1
+    for shard, state, masked in product((False, True), repeat=3):
+        check_layer(mesh, shard, state, masked)
         count += 1
     if dist.get_rank() == 0:
         print(f"{count} cases in {dist.get_world_size()} processes")

@@ -283,7 +283,28 @@ def edited(module: Any) -> None:
     module.weight_hh_l0.data.mul_(-1)
 
 
-@pytest.mark.parametrize("change", [halved, normed, pruned, edited])
+def put_in_place(module: Any) -> None:
+    weight = module.weight_hh_l0.detach()
+    del module.weight_hh_l0
+    module.weight_hh_l0 = weight / 2
+
+
+def put_in_buffers(module: Any) -> None:
+    weight = module.weight_hh_l0.detach()
+    del module.weight_hh_l0
+    module.register_buffer("weight_hh_l0", weight / 2)
+
+
+def put_in_class(module: Any) -> None:
+    kind = type(module)
+    half = property(lambda self: self._parameters["weight_hh_l0"] / 2)
+    module.__class__ = type(kind.__name__, (kind,), {"weight_hh_l0": half})
+
+
+CHANGES = [halved, normed, pruned, edited, put_in_place, put_in_buffers, put_in_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_seen(change: Callable[[nn.LSTM], None]) -> None:
     plain, fused = pair(dtype=torch.float64)
     x = sequence(fused).double()

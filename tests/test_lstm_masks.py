@@ -327,8 +327,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": torch.zeros(B)}, TypeError, "'lengths' must be integers, not torch.float32"),
     ({"lengths": torch.ones(B, dtype=torch.bool)}, TypeError, "integers, not torch.bool"),
     ({"lengths": torch.tensor(3)}, RuntimeError, r"lengths size \[4\], got \[\]"),
-    ({"lengths": torch.tensor([1, 2, 3, T + 1])}, RuntimeError, "lengths from 0 to the number of steps"),
-    ({"lengths": torch.tensor([1, 2, 3, -1])}, RuntimeError, "lengths from 0 to the number of steps"),
+    ({"lengths": torch.tensor([1, 2, 3, T + 1])}, RuntimeError, "from 0 to the number of steps"),
+    ({"lengths": torch.tensor([1, 2, 3, -1])}, RuntimeError, "from 0 to the number of steps"),
 ]
 
 

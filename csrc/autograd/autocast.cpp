@@ -10,7 +10,8 @@ namespace {
 
 template <at::DeviceType device>
 struct Autocast {
-  c10::impl::ExcludeDispatchKeyGuard below{at::autocast::get_autocast_dispatch_key_from_device_type(device)};
+  c10::impl::ExcludeDispatchKeyGuard below{
+      at::autocast::get_autocast_dispatch_key_from_device_type(device)};
   at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
 
   template <class Given>
@@ -32,9 +33,9 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
     return lstm_cell(x, h, c, to.cast(weight_ih), to.cast(weight_hh), to.cast(bias_ih), to.cast(bias_hh));
   };
   if (hx && cx) return cast_step(to.cast(input), to.cast(*hx), to.cell(*cx));
-  return with_batch(to.cast(input), hx, cx, weight_hh, [&](const Tensor& x, const Tensor& h, const Tensor&) {
-    return cast_step(x, h, to.zero_cell(x, h));
-  });
+  return with_batch(
+      to.cast(input), hx, cx, weight_hh,
+      [&](const Tensor& x, const Tensor& h, const Tensor&) { return cast_step(x, h, to.zero_cell(x, h)); });
 }
 
 template <at::DeviceType device>

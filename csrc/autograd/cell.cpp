@@ -85,7 +85,8 @@ struct Step : torch::autograd::Function<Step> {
       Arguments arguments;
       for (int i = 0; i < kArguments; i++) {
         arguments[i] = std::move(saved[i]);
-        if (graph && !arguments[i].defined() && edges[i] >= 0) arguments[i] = stand_in(at::empty({}, gates.options()), edges[i]);
+        if (graph && !arguments[i].defined() && edges[i] >= 0)
+          arguments[i] = stand_in(at::empty({}, gates.options()), edges[i]);
       }
       result = lstm_cell_gradients(optional(grads[0]), optional(grads[1]), list(arguments), gates, wanted);
     } else {

@@ -163,8 +163,9 @@ struct LSTMLayer : torch::autograd::Function<LSTMLayer> {
     const int64_t I = input.defined() ? input.size(2) : weight_ih.defined() ? weight_ih.size(1) : 0;
     // What was not saved has numbers that no derivative takes; but for the state's, which are known.
     const auto any = [&](at::IntArrayRef shape) { return at::empty({}, gates.options()).expand(shape); };
-    Arguments a{any({T, B, I}),  hidden.select(0, first), cells.select(0, first), any({4 * H, I}),
-                any({4 * H, H}), any({4 * H}),            any({4 * H})};
+    Arguments a{any({T, B, I}),  hidden.select(0, first), cells.select(0, first),
+                any({4 * H, I}), any({4 * H, H}),         any({4 * H}),
+                any({4 * H})};
     variable_list inputs;
     for (int i = 0; i < kArguments; i++) {
       const Tensor& known = i == kInput      ? input
@@ -183,9 +184,9 @@ struct LSTMLayer : torch::autograd::Function<LSTMLayer> {
     if (mask) gates = gates.masked_fill(mask->eq(int64_t(RowMask::kSkip)).unsqueeze(-1), 0);
     const auto step = [&](int64_t t, const Tensor& x, const Tensor& h, const Tensor& c) {
       const int64_t after = reverse ? t : t + 1;
-      return recorded_step({x, h, c, a[kWeightIh], a[kWeightHh], a[kBiasIh], a[kBiasHh]},
-                           {hidden.select(0, after).detach(), cells.select(0, after).detach(),
-                            gates.select(0, t).detach()});
+      return recorded_step(
+          {x, h, c, a[kWeightIh], a[kWeightHh], a[kBiasIh], a[kBiasHh]},
+          {hidden.select(0, after).detach(), cells.select(0, after).detach(), gates.select(0, t).detach()});
     };
     const auto [h, c] = each_step(a, mask, reverse, step);
     variable_list outputs, of_outputs;
@@ -231,8 +232,8 @@ LayerStates differentiable_layer(c10::DispatchKeySet keys, const Tensor& input, 
       const auto& [hidden, cells, gates] = done.steps;
       done.states = layer_states(hidden, cells, reverse, /*cell_states=*/true);
     }
-    variable_list states = apply_function<LSTMLayer>(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh,
-                                                     mask, reverse, done);
+    variable_list states =
+        apply_function<LSTMLayer>(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse, done);
     if (!cell_states) states[3] = at::empty({0}, c.options());
     return {std::move(states[0]), std::move(states[1]), std::move(states[2]), std::move(states[3])};
   });
@@ -259,8 +260,8 @@ Gradients underived_backward(const OptionalTensor& grad_output, const OptionalTe
                              const OptionalTensor& input, const Tensor& hidden, const Tensor& cells,
                              const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
                              const OptionalTensor& mask, bool reverse, Wanted wanted) {
-  check_underived(Asked(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates, weight_ih,
-                        weight_hh));
+  check_underived(
+      Asked(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates, weight_ih, weight_hh));
   at::AutoDispatchBelowADInplaceOrView guard;
   return lstm_layer_backward(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates,
                              weight_ih, weight_hh, mask, reverse, wanted);
@@ -270,9 +271,10 @@ Gradients underived_backward(const OptionalTensor& grad_output, const OptionalTe
 
 LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse, bool cell_states) {
   const c10::SymInt T = hidden.sym_size(0) - 1, first = reverse ? 0 : 1;
-  const auto last = [&](const Tensor& states) { return states.select_symint(0, reverse ? c10::SymInt(0) : T).clone(); };
-  return {hidden.narrow_symint(0, first, T), last(hidden),
-          cell_states ? last(cells) : cells.select(0, 0),
+  const auto last = [&](const Tensor& states) {
+    return states.select_symint(0, reverse ? c10::SymInt(0) : T).clone();
+  };
+  return {hidden.narrow_symint(0, first, T), last(hidden), cell_states ? last(cells) : cells.select(0, 0),
           cell_states ? cells.narrow_symint(0, first, T) : at::empty({0}, cells.options())};
 }
 

@@ -20,7 +20,8 @@ State compute(const ForwardTensors& given, const Tensor& gates) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       Forward<T> p = given.with<T>(h, c, gates);
       Tensor sums;
-      if (p.batch_invariant) {  // the order of sums is that of a layer, which makes those of the input first
+      if (p.batch_invariant &&
+          p.I) {  // the order of sums is that of a layer, which makes those of the input first
         sums = empty_cpu({given.B, 4 * given.H}, at::toOpMathType(dtype));
         Forward<T> inputs = p;
         inputs.sums = out<Accumulate<T>>(sums);

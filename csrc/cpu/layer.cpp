@@ -81,27 +81,50 @@ void copy_rows(const Tensor& from, char* to) {
 // ---------------------------------------------------------------------------------------------------
 // Forward
 
-// The weights of the state, packed where that pays. Not where rows must not depend on the batch: there dots
-// and panels are chosen by the sizes alone.
+// Whether steps take their inputs themselves: of few rows these are multiplied for many steps at once, and
+// of rows that are reset, whose sums are dropped. A batch-invariant layer must not look at the rows.
 template <class T>
-Tensor packed_weights(const Steps& s, const Forward<T>& given, const Pool& pool) {
-  if constexpr (std::is_same_v<T, float>)
-    if (s.rows() >= kPackedSequence && !given.batch_invariant) {
-      const Tensor packed = empty_cpu({packed_size(s.H, s.H)}, at::kFloat);
-      cpu_kernels().pack({s.H, s.H, given.weight_hh, s.H, 1, out<float>(packed)}, pool);
-      return packed;
-    }
-  return {};
+bool joint(const Steps& s, const Forward<T>& given) {
+  return !s.I || (!given.batch_invariant && (s.T == 1 || s.B >= kJointRows) &&
+                  !has(RowMask::kReset, s.mask, s.rows()));
 }
 
+// The layer's weights, as they are or, where it pays, packed: for the inputs, and for the steps.
 template <class T>
-void run_step(const CellKernels<T>& kernels, const Forward<T>& step, [[maybe_unused]] const Tensor& packed,
-              const Pool& pool) {
-  if constexpr (std::is_same_v<T, float>)
-    if (packed.defined())
-      return cpu_kernels().packed_f32({step, in<float>(packed), nullptr, nullptr}, pool);
-  kernels.forward(step, pool);
-}
+struct Weights {
+  const CellKernels<T>& kernels;
+  Tensor of_inputs, of_steps, bias;
+
+  Weights(const CellKernels<T>& given_kernels, const Steps& s, const Forward<T>& given, bool both,
+          const Pool& pool)
+      : kernels(given_kernels) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (s.rows() < kPackedSequence || given.batch_invariant) return;
+      const auto pack = [&](const float* weight, int64_t K, const Tensor& packed, int64_t begin) {
+        cpu_kernels().pack({s.H, K, weight, K, 1, out<float>(packed), begin, packed.size(0)}, pool);
+      };
+      const int64_t units = packed_units(s.H);
+      of_steps = empty_cpu({both ? s.I + s.H : s.H, 4 * units}, at::kFloat);
+      of_inputs = both ? of_steps : empty_cpu({s.I, 4 * units}, at::kFloat);
+      pack(given.weight_ih, s.I, of_inputs, 0);
+      pack(given.weight_hh, s.H, of_steps, both ? s.I : 0);
+      if (!given.bias_ih && !given.bias_hh) return;
+      bias = empty_cpu({1, 4 * units}, at::kFloat);
+      std::vector<float> sum(4 * s.H);
+      for (int64_t i = 0; i < 4 * s.H; i++)
+        sum[i] = (given.bias_ih ? given.bias_ih[i] : 0) + (given.bias_hh ? given.bias_hh[i] : 0);
+      pack(sum.data(), 1, bias, 0);
+    }
+  }
+
+  void run(const Forward<T>& p, [[maybe_unused]] const Tensor& packed, const Pool& pool) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (packed.defined())
+        return cpu_kernels().packed_f32(
+            {p, in<float>(packed), nullptr, p.starting_sums ? nullptr : in<float>(bias)}, pool);
+    kernels.forward(p, pool);
+  }
+};
 
 // hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time hold the initial
 // state. gates (T, B, 4H) are undefined where they are not wanted.
@@ -109,28 +132,29 @@ template <class T>
 void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& given, const Tensor& hidden,
              const Tensor& cells, const Tensor& gates) {
   using A = Accumulate<T>;
+  const bool both = joint(s, given);
   const int64_t G = 4 * s.H, row_bytes = G * int64_t(sizeof(A));
-  const int64_t steps = std::clamp<int64_t>(kStepsBytes / row_bytes / s.B, 1, s.T);
+  const int64_t steps = both ? s.T : std::clamp<int64_t>(kStepsBytes / row_bytes / s.B, 1, s.T);
   T* const out_gates = out<T>(gates);
   const bool in_place = out_gates && std::is_same_v<T, A>;  // sums, before they become gates
   const Tensor scratch =
-      in_place ? Tensor()
-               : empty_cpu({steps * s.B, G}, at::toOpMathType(hidden.scalar_type()));
+      both || in_place ? Tensor() : empty_cpu({steps * s.B, G}, at::toOpMathType(hidden.scalar_type()));
   const States<T> h(hidden), c(cells);
   const int64_t keep = cells.size(0) > 1;
 
   with_team(s.work(), [&](const Pool& pool) {
-    const Tensor packed = packed_weights(s, given, pool);
+    const Weights<T> weights(kernels, s, given, both, pool);
     each_chunk(s, steps, [&](const Chunk& chunk) {
       A* const sums = in_place ? reinterpret_cast<A*>(out_gates) + chunk.first * s.B * G : out<A>(scratch);
-      Forward<T> inputs = given;
-      inputs.B = chunk.n * s.B;
-      inputs.input += chunk.first * s.B * given.input_stride;
-      inputs.hx = inputs.input;  // not looked at
-      inputs.hx_stride = 0;
-      inputs.sums = sums;
-      kernels.forward(inputs, pool);
-
+      if (!both) {
+        Forward<T> inputs = given;
+        inputs.B = chunk.n * s.B;
+        inputs.input += chunk.first * s.B * given.input_stride;
+        inputs.hx = inputs.input;  // not looked at
+        inputs.hx_stride = 0;
+        inputs.sums = sums;
+        weights.run(inputs, weights.of_inputs, pool);
+      }
       for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
         const int64_t t = s.time(k), before = s.before(t) * s.states(), after = s.after(t) * s.states();
         const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
@@ -144,17 +168,20 @@ void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& gi
         const int64_t row = rows.begin, at = row * s.H;
         Forward<T> step = given;
         step.B = rows.end - row;
-        step.I = 0;
+        step.input += (t * s.B + row) * given.input_stride;
         step.hx = h[before + at];
         step.hx_stride = step.cx_stride = s.H;
         step.cx = c[keep * before + at];
         step.h = h[after + at];
         step.c = c[keep * after + at];
         step.gates = out_gates ? out_gates + (t * s.B + row) * G : nullptr;
-        step.bias_ih = step.bias_hh = nullptr;  // among the sums
-        step.starting_sums = sums + ((t - chunk.first) * s.B + row) * G;
         step.mask = mask ? mask + row : nullptr;
-        run_step(kernels, step, packed, pool);
+        if (!both) {  // input and biases are among the sums
+          step.I = 0;
+          step.bias_ih = step.bias_hh = nullptr;
+          step.starting_sums = sums + ((t - chunk.first) * s.B + row) * G;
+        }
+        weights.run(step, weights.of_steps, pool);
       }
     });
   });
@@ -181,13 +208,12 @@ struct OutputGradients {
 };
 
 template <class T>
-void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradients& grads,
-              Backward<T> all, const Tensor& hidden, const Tensor& cells) {
+void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradients& grads, Backward<T> all,
+              const Tensor& hidden, const Tensor& cells) {
   using A = Accumulate<T>;
   const at::ScalarType dtype = hidden.scalar_type();
-  const int64_t steps = std::is_same_v<T, A>
-                            ? std::clamp<int64_t>(backward_rows<T>(s.rows(), s.I, s.H) / s.B, 1, s.T)
-                            : s.T;
+  const int64_t steps =
+      std::is_same_v<T, A> ? std::clamp<int64_t>(backward_rows<T>(s.rows(), s.I, s.H) / s.B, 1, s.T) : s.T;
   const int64_t stride = backward_stride<T>(s.H);
   const Tensor grad_gates = empty_cpu({steps * s.B, stride}, at::toOpMathType(dtype)),
                state_grads = empty_cpu({2, s.B, s.H}, dtype),
@@ -258,7 +284,8 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
       if (products.grad_weight_ih) {
         products.input += row * all.input_stride;
         if (has(RowMask::kSkip, mask, rows)) {
-          products.input = without(RowMask::kSkip, mask, products.input, all.input_stride, rows, s.I, input_copy);
+          products.input =
+              without(RowMask::kSkip, mask, products.input, all.input_stride, rows, s.I, input_copy);
           products.input_stride = s.I;
         }
       }
@@ -276,22 +303,34 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
 // ---------------------------------------------------------------------------------------------------
 // Tensors
 
-// (T * B, I), the rows of all steps.
-MaybeOwned rows_of_steps(const Tensor& input) {
-  const bool as_they_lie = input.stride(2) == 1 && input.stride(0) == input.size(1) * input.stride(1);
-  return as_they_lie ? MaybeOwned::borrowed(input) : MaybeOwned::owned(input.contiguous());
-}
+// (T, B, I) whose rows of all steps are those of one matrix, as they lie or copied.
+struct Inputs {
+  MaybeOwned tensor;
+  int64_t stride;  // between rows
+
+  explicit Inputs(const Tensor& given) {
+    const int64_t T = given.size(0), B = given.size(1), I = given.size(2);
+    stride = given.stride(B == 1 ? 0 : 1);  // that of a dimension of size 1 says nothing
+    const bool one = T <= 1 || B <= 1 || given.stride(0) == B * stride;
+    if (one && (given.stride(2) == 1 || I <= 1)) {
+      tensor = MaybeOwned::borrowed(given);
+    } else {
+      tensor = MaybeOwned::owned(given.contiguous());
+      stride = I;
+    }
+  }
+};
 const RowMask* row_mask(const Tensor& mask) { return reinterpret_cast<const RowMask*>(in<uint8_t>(mask)); }
 
 struct Layer {
-  MaybeOwned input, weight_ih, weight_hh, bias_ih, bias_hh, mask;
+  Inputs input;
+  MaybeOwned weight_ih, weight_hh, bias_ih, bias_hh, mask;
   Steps steps;
 
   Layer(const Tensor& x, const Tensor& hx, const Tensor& cx, const Tensor& w_ih, const Tensor& w_hh,
         const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& row_masks,
-        bool reverse) {
-    check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks);
-    input = rows_of_steps(x);
+        bool reverse)
+      : input((check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks), x)) {
     weight_ih = contiguous(w_ih);
     weight_hh = contiguous(w_hh);
     bias_ih = contiguous(b_ih);
@@ -309,14 +348,14 @@ struct Layer {
     copy_rows(*rows(cx), static_cast<char*>(cells.mutable_data_ptr()) +
                              (cells.size(0) > 1 ? first : 0) * cells.element_size());
     if (!s.T) return;
-    with_kernels(input->scalar_type(), [&](const auto& kernels) {
+    with_kernels(hidden.scalar_type(), [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       Forward<T> given{};
       given.I = s.I;
       given.H = s.H;
-      given.input = in<T>(*input);
-      given.input_stride = input->stride(1);
-      given.wide_cell = cells.scalar_type() != input->scalar_type();
+      given.input = in<T>(*input.tensor);
+      given.input_stride = input.stride;
+      given.wide_cell = cells.scalar_type() != hidden.scalar_type();
       given.weight_ih = in<T>(*weight_ih);
       given.weight_hh = in<T>(*weight_hh);
       given.bias_ih = in<T>(*bias_ih);
@@ -341,8 +380,8 @@ LayerStates layer(const Tensor& input, const OptionalTensor& hx, const OptionalT
   });
 }
 
-LayerForward layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                           const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+LayerForward layer_forward(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                           const Tensor& weight_hh, const OptionalTensor& bias_ih,
                            const OptionalTensor& bias_hh, const OptionalTensor& mask, bool reverse) {
   const Layer given(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
   const auto& [T, B, I, H, direction, masks] = given.steps;
@@ -361,12 +400,14 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
   check_layer_backward(grad_output, grad_h, grad_c, grad_cells, input, hidden, cells, gates, weight_ih,
                        weight_hh, mask, wanted);
   const int64_t T = gates.size(0), B = gates.size(1), H = hidden.size(2),
-                I = input ? input->size(2) : weight_ih ? weight_ih->size(1) : 0;
+                I = input       ? input->size(2)
+                    : weight_ih ? weight_ih->size(1)
+                                : 0;
   const OutputGradients grads{contiguous(grad_output), contiguous(grad_h), contiguous(grad_c),
                               contiguous(grad_cells)};
-  const MaybeOwned x = input ? rows_of_steps(*input) : MaybeOwned(), w_ih = contiguous(weight_ih),
-                   w_hh = contiguous(weight_hh), states = contiguous(hidden), cell = contiguous(cells),
-                   gate = contiguous(gates), masks = contiguous(mask);
+  const std::optional<Inputs> x = input ? std::optional<Inputs>(*input) : std::nullopt;
+  const MaybeOwned w_ih = contiguous(weight_ih), w_hh = contiguous(weight_hh), states = contiguous(hidden),
+                   cell = contiguous(cells), gate = contiguous(gates), masks = contiguous(mask);
   const Steps steps{T, B, I, H, reverse, row_mask(*masks)};
   const auto gradient = [&](int index, at::IntArrayRef shape) {
     const Tensor tensor = empty_cpu(wanted[index] ? shape : at::IntArrayRef{0},
@@ -374,8 +415,8 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     if (!steps.rows() || !H) set_zero(tensor);
     return tensor;
   };
-  const Gradients gradients{gradient(0, {T, B, I}),     gradient(1, {B, H}),  gradient(2, {B, H}),
-                            gradient(3, {4 * H, I}),    gradient(4, {4 * H, H}), gradient(5, {4 * H}),
+  const Gradients gradients{gradient(0, {T, B, I}),  gradient(1, {B, H}),     gradient(2, {B, H}),
+                            gradient(3, {4 * H, I}), gradient(4, {4 * H, H}), gradient(5, {4 * H}),
                             gradient(6, {4 * H})};
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh] =
       gradients;
@@ -390,8 +431,8 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     all.I = I;
     all.H = H;
     all.gates = in<E>(*gate);
-    all.input = in<E>(*x);
-    all.input_stride = input ? x->stride(1) : 0;
+    all.input = x ? in<E>(*x->tensor) : nullptr;
+    all.input_stride = x ? x->stride : 0;
     all.weight_ih = in<E>(*w_ih);
     all.weight_hh = in<E>(*w_hh);
     all.grad_input = out<E>(grad_input);

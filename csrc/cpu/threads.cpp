@@ -62,9 +62,10 @@ void run(int64_t tasks, int64_t work, Task task, const void* context, void*) {
   Share shares[kMostShares];  // on the stack, warm in this core's cache
   for (int64_t s = 0; s < n; s++) shares[s].assign(tasks * s / n, tasks * (s + 1) / n);
   // Captured by value, side by side: each cache line that a thread fetches from this core costs time.
-  at::parallel_for(0, threads, 1, [this_run = Run{task, context}, n, first = &shares[0]](int64_t thread, int64_t) {
-    for (int64_t s = 0; s < n; s++) first[(thread + s) % n].work(this_run);
-  });
+  at::parallel_for(0, threads, 1,
+                   [this_run = Run{task, context}, n, first = &shares[0]](int64_t thread, int64_t) {
+                     for (int64_t s = 0; s < n; s++) first[(thread + s) % n].work(this_run);
+                   });
 }
 
 // Threads that stay together for many runs: to wake them for each would take longer than a small step. One

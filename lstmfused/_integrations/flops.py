@@ -1,5 +1,5 @@
-"""The arithmetic of step and layer, for who counts it: in each counter's own way, for which most take
-more than the matrix products."""
+"""The arithmetic of step and layer, for who counts it: in each counter's own way, for which most
+take no more than the matrix products."""
 
 from __future__ import annotations
 

@@ -42,16 +42,37 @@ def register(tensor: Any) -> None:
             ways.append((outputs, [*placed(of, rowwise), *placed(whole, weights), None]))
         return ways
 
-    def layer(outputs: list[Any], *given: Any) -> list[tuple[Placements, Placements]]:
-        (input, hx, cx), weights, (mask, *flags) = given[:3], given[3:7], given[7:]
+    # Of a layer: T steps of a batch, the batch first, parameters, their gradients, no tensor.
+    kinds = {"t": tensor.Shard(1), "b": rows, "p": whole, "g": summed, "-": None}
+
+    def layer(
+        outputs: str, arguments: str, wanted_by: int | None, *given: Any
+    ) -> list[tuple[Placements, Placements]]:
+        """Each output and argument is of a kind; an output that is not wanted has no element."""
+        wanted = [True] * len(outputs)
+        if wanted_by is not None:
+            asked = given[wanted_by]
+            wanted = [*wanted[:-1], asked] if isinstance(asked, bool) else asked
         ways = []
-        for of in (whole, rows):
-            steps = whole if of is whole else tensor.Shard(1)
-            state = placed(steps, [input]) + placed(of, [hx, cx])
-            others = placed(whole, weights) + placed(steps, [mask]) + [None] * len(flags)
-            ways.append(([steps if o else of for o in outputs], state + others))
+        for shard in (False, True):
+            of = {kind: p if shard or p is None else whole for kind, p in kinds.items()}
+            made = [of[k] if w else whole for k, w in zip(outputs, wanted, strict=True)]
+            taken = [
+                of[k] if t is not None else None for k, t in zip(arguments, given, strict=True)
+            ]
+            ways.append((made, taken))
         return ways
 
-    register_sharding(ops.lstm_cell.default)(partial(step, 2))
-    register_sharding(ops.lstm_cell_forward.default)(partial(step, 3))
-    register_sharding(ops.lstm_cell_backward.default)(backward)
+    def register_op(op: Any, ways: Any) -> None:
+        register_sharding(op.default)(ways)
+        # Which gradients are wanted decides on the outputs: torch caches them by numbers alone.
+        info = tensor.DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op.default]
+        types = [str(argument.type) for argument in op.default._schema.arguments]
+        info.static_argnum = next((i for i, t in enumerate(types) if "bool" in t), len(types))
+
+    register_op(ops.lstm_cell, partial(step, 2))
+    register_op(ops.lstm_cell_forward, partial(step, 3))
+    register_op(ops.lstm_cell_backward, backward)
+    register_op(ops.lstm_layer, partial(layer, "tbbt", "tbbppppt--", 9))
+    register_op(ops.lstm_layer_forward, partial(layer, "ttt", "tbbppppt-", None))
+    register_op(ops.lstm_layer_backward, partial(layer, "tbbgggg", "tbbtttttppt--", 12))

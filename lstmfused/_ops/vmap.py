@@ -65,31 +65,30 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any,
 
 
 def _vmap_layer(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
-    """The rule for vmap over V layers of lstm_layer: (T, B, I) and (B, H) of all are (T, V * B, I) and
-    (V * B, H) of one where they share the weights; else one after the other."""
-    V, op = info.batch_size, torch.ops.lstmfused.lstm_layer
-    if all(d is None for d in in_dims[3:7]):
+    """The rule for vmap over V steps of lstm_layer.
 
-        def rows(t: Any, d: int | None, at: int) -> Any:
-            """With the V in front of the batch, which is dimension `at`, and joined to it."""
-            if t is None:
-                return None
-            t = t.unsqueeze(at).expand(*t.shape[:at], V, *t.shape[at:]) if d is None else t.movedim(d, at)
-            return t.flatten(at, at + 1)
+    Where all share the weights, V batches (T, B, I) are one batch (T, V * B, I). With stacked
+    weights one layer is run after the other.
+    """
+    V, op, arguments = info.batch_size, torch.ops.lstmfused.lstm_layer, list(given)
+    if any(d is not None for d in in_dims[3:7]):
+        stacks = [
+            op(*(t if d is None else t.select(d, v) for t, d in zip(given, in_dims, strict=True)))
+            for v in range(V)
+        ]
+        return tuple(torch.stack(stack) for stack in zip(*stacks, strict=True)), (0, 0, 0, 0)
 
-        arguments = list(given)
-        for i, at in ((0, 1), (1, 0), (2, 0), (7, 1)):
-            arguments[i] = rows(given[i], in_dims[i], at)
-        output, h, c, cells = op(*arguments)
-        h, c, output = h.unflatten(0, (V, -1)), c.unflatten(0, (V, -1)), output.unflatten(1, (V, -1))
-        cells, where = (cells.unflatten(1, (V, -1)), 1) if given[9] else (cells, None)
-        return (output, h, c, cells), (1, 0, 0, where)
-
-    def one(v: int) -> Any:
-        return op(*(t if d is None else t.select(d, v) for t, d in zip(given, in_dims, strict=True)))
-
-    results = [one(v) for v in range(V)]
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0, 0, 0, 0)
+    for i, batch in ((0, 1), (1, 0), (2, 0), (7, 1)):  # the dimension of the batch
+        t, d = given[i], in_dims[i]
+        if t is not None:
+            stack = t.expand(V, *t.shape) if d is None else t.movedim(d, 0)
+            arguments[i] = stack.movedim(0, batch).flatten(batch, batch + 1)
+    output, h, c, cells = op(*arguments)
+    B = given[0].shape[1] if in_dims[0] is None else _one(given[0], in_dims[0]).shape[1]
+    output, h, c = output.unflatten(1, (V, B)), h.unflatten(0, (V, B)), c.unflatten(0, (V, B))
+    if not given[9]:  # no cell states
+        return (output, h, c, cells), (1, 0, 0, None)
+    return (output, h, c, cells.unflatten(1, (V, B))), (1, 0, 0, 1)
 
 
 torch.library.register_vmap("lstmfused::lstm_cell", _vmap)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -94,7 +95,7 @@ def _as_given(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
 
 
 def _check_size(name: str, t: Tensor, expected: list[int]) -> None:
-    if list(t.shape) != expected:
+    if not torch._C._get_tracing_state() and list(t.shape) != expected:  # traced, they are tensors
         raise RuntimeError(f"Expected {name} size {expected}, got {list(t.shape)}")
 
 
@@ -124,11 +125,6 @@ def _zeros(x: Tensor, states: int, B: int, params: list[Tensor]) -> tuple[Tensor
     return x.new_zeros(states, B, H_out), x.new_zeros(states, B, H)
 
 
-def _steps(x: Tensor) -> Tensor:
-    """0, 1, ..., T - 1 as (T, 1)"""
-    return torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-
-
 def _masks(
     x: Tensor, reset: Tensor | None, lengths: Tensor | None, bidirectional: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
@@ -137,13 +133,13 @@ def _masks(
     backward: Tensor | None = None
     past: Tensor | None = None
     if lengths is not None:
-        past = _steps(x) >= lengths.to(x.device)
+        past = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths.to(x.device)
     if reset is not None:
         forward = reset.to(x.device, torch.uint8)
         if past is not None:
             forward = forward.masked_fill(past, 0)
         if bidirectional:  # the boundary before a step is, on the way back, before the step before
-            backward = forward.roll(-1, 0).masked_fill(_steps(x) == x.shape[0] - 1, 0)
+            backward = pad(forward, (0, 0, 0, 1))[1:]
     if past is not None:
         skip = past.to(torch.uint8) * 2
         forward = skip if forward is None else forward + skip
@@ -166,6 +162,8 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All layers over (T, B, I), with a mask for each direction."""
     size = len(params) // (num_layers * len(masks))
+    first_h: list[Tensor] = [] if h is None else list(h.unbind())
+    first_c: list[Tensor] = [] if c is None else list(c.unbind())
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     cells: list[Tensor] = []
@@ -178,8 +176,8 @@ def _layers(
             output, h_k, c_k, cells_k = _direction(
                 kernel,
                 x,
-                None if h is None else h[k],
-                None if c is None else c[k],
+                None if h is None else first_h[k],
+                None if c is None else first_c[k],
                 params[at],
                 params[at + 1],
                 params[at + 2] if has_biases else None,

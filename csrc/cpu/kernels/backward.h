@@ -96,8 +96,8 @@ static void masked_state_gradients(const Backward<T>& p, Range part) {
   for (int64_t row = part.begin; row < part.begin + part.size; row++) {
     if (p.mask[row] == RowMask::kStep) continue;
     for (int64_t u = 0; u < p.H; u += kLanes<A>)
-      store_upto(p.grad_hx + row * p.H + u,
-                 p.mask[row] == RowMask::kSkip ? grad_of_h(p, row, u) : Vec<A>{}, p.H - u);
+      store_upto(p.grad_hx + row * p.H + u, p.mask[row] == RowMask::kSkip ? grad_of_h(p, row, u) : Vec<A>{},
+                 p.H - u);
   }
 }
 
@@ -173,13 +173,14 @@ static void backward_part(const Backward<T>& p, Range part, const Pool& pool) {
     Range part;
     int64_t count;
   } parts{p, part, 4 * pool.threads};
-  if (p.gates) pool.run(
-      parts.count, part.size * p.H * kGateGradientWork,
-      [](const void* context, int64_t i) {
-        const Parts& t = *static_cast<const Parts*>(context);
-        gate_gradients(t.p, t.part, split_range(i, t.count, t.part.size, 1));
-      },
-      &parts);
+  if (p.gates)
+    pool.run(
+        parts.count, part.size * p.H * kGateGradientWork,
+        [](const void* context, int64_t i) {
+          const Parts& t = *static_cast<const Parts*>(context);
+          gate_gradients(t.p, t.part, split_range(i, t.count, t.part.size, 1));
+        },
+        &parts);
 
   const GradientTasks<T> tasks(p, part, pool);
   pool.run(

@@ -86,8 +86,9 @@ LSTMFUSED_INLINE void epilogue_of(const Step<T>& p, const States& s, Sums&& sums
     if (mask && mask[r] == RowMask::kReset) return Vec<A>{};
     return load_cell(p.cx, cell_at(r), s.units, p.wide_cell);
   });
-  const auto load_start = [&](int g, int64_t r)
-                              LSTMFUSED_INLINED { return load_upto(starting_sums + gate_at(g, r), s.units); };
+  const auto load_start = [&](int g, int64_t r) LSTMFUSED_INLINED {
+    return load_upto(starting_sums + gate_at(g, r), s.units);
+  };
   for (int g = 0; g < 4 && kTransposed && starting_sums; g++)
     load(gates[g], [&](int64_t r) LSTMFUSED_INLINED { return load_start(g, r); });
   const auto start = [&](int g, int64_t i)

@@ -31,7 +31,8 @@ struct alignas(64) ForwardTasks {
 
   int64_t tasks() const { return panels.tasks() + dots.tasks(); }
   int64_t work() const {
-    return (p.B + kWeightFetchWork) * (factors<T>(p.I) + factors<T>(p.state_depth()) + kEpilogueWork) * 4 * p.H;
+    return (p.B + kWeightFetchWork) * (factors<T>(p.I) + factors<T>(p.state_depth()) + kEpilogueWork) * 4 *
+           p.H;
   }
 
   void run(int64_t i) const { i < panels.tasks() ? run_panel(i) : run_dots(i - panels.tasks()); }

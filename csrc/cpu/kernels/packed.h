@@ -63,7 +63,7 @@ struct KBlock {
 
   KBlock(const Packed<W>& p, int64_t k)
       : begin(k),
-        end(k + kKBlock < p.I + p.H ? k + kKBlock : p.I + p.H),
+        end(k + kKBlock < p.I + p.state_depth() ? k + kKBlock : p.I + p.state_depth()),
         input_begin(k < p.I ? k : p.I),
         input_end(end < p.I ? end : p.I) {}
 
@@ -81,7 +81,7 @@ template <int Streams, int R, bool FromDram, class W>
 static void packed_streams(const Packed<W>& p, int64_t u0) {
   constexpr int64_t kStride = 4 * kPackedUnits, kColumns = Streams * kStride;
   alignas(64) float sums[R * kColumns];
-  const int64_t K = p.I + p.H;
+  const int64_t K = p.I + p.state_depth();
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
     const Blocks<W, Streams, FromDram> right{p.weight + 4 * u0 * K + k * kStride, kStride, kStride * K};
@@ -98,7 +98,7 @@ template <int Width, class W>
 static void packed_block(const Packed<W>& p, Range rows, int64_t u0) {
   constexpr int N = kLanes<float>, kStride = 4 * Width;
   alignas(64) float sums[kPackedRows * kStride + N];
-  const int64_t K = p.I + p.H;
+  const int64_t K = p.I + p.state_depth();
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
     const auto multiply = [&](auto V, int column) LSTMFUSED_INLINED {
@@ -126,7 +126,7 @@ static void pack_block(const Pack& p, int64_t u0) {
   constexpr int N = kLanes<float>;
   const int64_t units = p.H - u0 < kPackedUnits ? p.H - u0 : kPackedUnits,
                 width = (units + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;
-  float* const block = p.packed + 4 * u0 * p.K;
+  float* const block = p.packed + 4 * (u0 * p.depth + p.begin * width);
   for (int64_t k = 0; k < p.K; k += N)
     for (int gate = 0; gate < 4; gate++)
       for (int64_t u = 0; u < width; u += N) {
@@ -146,10 +146,11 @@ static void pack_block(const Pack& p, int64_t u0) {
 }
 
 static inline void pack(const Pack& p, const Pool& pool) {
-  pool.run(
-      (p.H + kPackedUnits - 1) / kPackedUnits, 4 * p.H * p.K * kPackWork,
-      [](const void* context, int64_t i) { pack_block(*static_cast<const Pack*>(context), i * kPackedUnits); },
-      &p);
+  pool.run((p.H + kPackedUnits - 1) / kPackedUnits, 4 * p.H * p.K * kPackWork,
+           [](const void* context, int64_t i) {
+             pack_block(*static_cast<const Pack*>(context), i * kPackedUnits);
+           },
+           &p);
 }
 
 template <bool FromDram, class W>
@@ -166,7 +167,8 @@ static void forward_packed_with(const Packed<W>& p, const Pool& pool) {
     }
   } context{p, whole, 1};
   const auto run = [&](int64_t tasks, auto task) {
-    pool.run(tasks, (p.B + kWeightFetchWork) * (p.I + p.H + kEpilogueWork) * 4 * p.H, task, &context);
+    pool.run(tasks, (p.B + kWeightFetchWork) * (p.I + p.state_depth() + kEpilogueWork) * 4 * p.H, task,
+             &context);
   };
 
   const int64_t share = (whole + pool.threads - 1) / pool.threads;
@@ -202,7 +204,7 @@ static void forward_packed_with(const Packed<W>& p, const Pool& pool) {
 
 template <class W>
 static void forward_packed(const Packed<W>& p, const Pool& pool) {
-  const bool from_dram = 4 * p.H * (p.I + p.H) * int64_t(sizeof(W)) > kStreamingBytes;
+  const bool from_dram = 4 * p.H * (p.I + p.state_depth()) * int64_t(sizeof(W)) > kStreamingBytes;
   (from_dram ? forward_packed_with<true, W> : forward_packed_with<false, W>)(p, pool);
 }
 

@@ -58,8 +58,10 @@ constexpr int64_t kPageBytes = 4096;  // the hardware prefetcher stops at its en
 constexpr int64_t kEpilogueWork = 50;    // the epilogue's cost, in multiply-adds of each of the four sums
 constexpr int64_t kWeightFetchWork = 2;  // the cost of fetching a weight, in multiply-adds
 
-constexpr int64_t kPackWork = 8;           // the cost of packing a weight, in multiply-adds
-constexpr int64_t kPackedSequence = 256;  // rows of all steps from which on packing the weights of a sequence pays
+constexpr int64_t kPackWork = 8;  // the cost of packing a weight, in multiply-adds
+// Rows of all steps from which on packing the weights of a sequence pays; and rows of a step from which on
+// its input is multiplied with the state, rather than the input of many steps at once.
+constexpr int64_t kPackedSequence = 256, kJointRows = 24;
 constexpr int kPackedRows = 256;  // rows of a task at most: its scratch holds their sums
 
 // ---------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ constexpr int64_t kTlbBytes = 8 << 20;
 // ---------------------------------------------------------------------------------------------------
 // Threads and memory
 
-constexpr int64_t kWorkPerThread = 100'000;       // multiply-adds: less is done sooner by one thread alone
+constexpr int64_t kWorkPerThread = 100'000;  // multiply-adds: less is done sooner by one thread alone
 // The same within a sequence, whose threads wait for one another's step already; and how often they look
 // before they let others run.
 constexpr int64_t kWorkPerTeammate = 10'000, kSpins = 4096;
