@@ -36,6 +36,26 @@ class LSTM(nn.LSTM):
         {fault}
         return h, (h_n, c_n)
 """
+WRONG_RESETS = """
+from contextlib import nullcontext as batch_invariant
+import torch
+from torch import nn
+
+class LSTM(nn.LSTM):
+    def forward(self, input, hx, reset):
+        {fault}
+        steps = []
+        for x, new in zip(input, reset):
+            hx = [s * ~new[:, None] for s in hx]
+            step, hx = super().forward(x[None], hx)
+            steps.append(step)
+        return torch.cat(steps), hx
+
+def fuse_(model):
+    for module in model.modules():
+        if type(module) is nn.LSTM:
+            module.__class__ = LSTM
+"""
 
 
 def run(example: str, *options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -91,3 +111,36 @@ def test_char_lm_notices_what_is_wrong(tmp_path: Path, wrong: str, fault: str) -
     process = run_char_lm(tmp_path, path=tmp_path)
     assert process.returncode == 1, process.stdout + process.stderr
     assert process.stderr.endswith("they do not compute the same\n")
+
+
+def run_recurrent_ppo(folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed: lstmfused[rl]")
+    options = ("--steps=256", "--units=8", "--threads=1", f"--picture={folder / 'curves.png'}")
+    return run("recurrent_ppo.py", *options, path=path)
+
+
+def test_recurrent_ppo(tmp_path: Path) -> None:
+    process = run_recurrent_ppo(tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r"same actions( +256){3}\n", process.stdout), process.stdout
+    ratios = re.search(r"largest \|ratio - 1\|" + r" +(\S+)" * 3, process.stdout)
+    assert ratios
+    assert float(ratios[1]) < 1e-5
+    assert float(ratios[2]) < 1e-5
+    assert float(ratios[3]) == 0
+    assert (tmp_path / "curves.png").exists() == (find_spec("matplotlib") is not None)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("reset = reset & False", id="resets"),
+        pytest.param("hx = [s * 0.5 for s in hx]", id="state"),
+        pytest.param("input = input.flip(0)", id="order"),
+    ],
+)
+def test_recurrent_ppo_notices_what_is_wrong(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "lstmfused.py").write_text(WRONG_RESETS.format(fault=fault), encoding="utf-8")
+    process = run_recurrent_ppo(tmp_path, path=tmp_path)
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert process.stderr.endswith("the runs do not begin alike\n")
