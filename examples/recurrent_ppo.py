@@ -3,7 +3,8 @@
 The library steps its LSTMs in Python wherever an episode begins within a minibatch, which on this
 task is always. With lstmfused the whole minibatch is one call, `process_sequence`, and a mask tells
 where episodes begin. All runs start from one seed and take the same actions until rounding, which
-training amplifies, turns one of them; from there on the curves can only be alike.
+training amplifies, turns one of them. From there on the curves can only be alike. --control shows
+how far rounding alone moves them: it runs the unchanged library again, its weights rounded up.
 
 The policy has not changed when an update begins, so the importance ratio of its first minibatch
 should be 1. The third run has it so to the bit: the LSTMs step in the rollout as they run over the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +87,19 @@ def fuse_to_the_bit(policy: Any) -> None:
                 module.__class__ = RowLinear
 
 
-RUNS = {"unchanged": None, "lstmfused": fuse, "batch-invariant": fuse_to_the_bit}
+def round_up(policy: Any) -> None:
+    """Each weight becomes the next larger number."""
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.copy_(p.nextafter(p.new_tensor(torch.inf)))
+
+
+RUNS: dict[str, Callable[[Any], None]] = {
+    "unchanged": lambda policy: None,
+    "lstmfused": fuse,
+    "batch-invariant": fuse_to_the_bit,
+    "control": round_up,
+}
 
 
 class Positions(gymnasium.ObservationWrapper):  # type: ignore[misc]
@@ -160,9 +174,7 @@ def learn(name: str, args: argparse.Namespace) -> Run:
     units = {"lstm_hidden_size": args.units}
     model = TimedPPO("MlpLstmPolicy", env, policy_kwargs=units, seed=args.seed, device="cpu")
     model.run = Run()
-    change = RUNS[name]
-    if change is not None:
-        change(model.policy)
+    RUNS[name](model.policy)
     mode = lstmfused.batch_invariant() if name == "batch-invariant" else nullcontext()
     with mode, tqdm(total=args.steps, desc=f"{name:>15}", unit="step", disable=None) as bar:
         start = perf_counter()
@@ -201,8 +213,8 @@ def draw(runs: dict[str, Run], file: Path) -> None:
         print("\nno picture: matplotlib is not installed")
         return
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    curve, bars = figure.subplots(1, 2, width_ratios=(2, 1))
-    for (name, run), width in zip(runs.items(), (5.0, 2.5, 1.0), strict=True):
+    curve, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    for (name, run), width in zip(runs.items(), (5.0, 2.5, 1.0, 1.0), strict=False):
         steps, rewards = np.array(run.rewards).reshape(-1, 2).T
         sums = np.cumsum(np.insert(rewards, 0, 0.0))
         first = np.maximum(np.arange(len(steps)) + 1 - LAST, 0)
@@ -226,7 +238,7 @@ def check_agreement(runs: dict[str, Run]) -> None:
     failed = False
     print(f"\nlargest difference from unchanged after an update (tolerance {TOLERANCE:.0e}):")
     for name, run in runs.items():
-        if run is not stock and run.updated is not None and stock.updated is not None:
+        if name != "unchanged" and run.updated is not None and stock.updated is not None:
             apart = (run.updated - stock.updated).abs().max()
             print(f"  {apart:.1e} in the parameters of {name}")
             failed |= not (apart <= TOLERANCE and np.array_equal(run.actions[0], stock.actions[0]))
@@ -246,6 +258,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--units", type=int, default=128, help="of each LSTM")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument(
+        "--control", action="store_true", help="run unchanged again, its weights rounded up"
+    )
+    parser.add_argument(
         "--picture", type=Path, default="recurrent_ppo.png", help="where to draw the curves"
     )
     return parser.parse_args()
@@ -254,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    runs = {name: learn(name, args) for name in RUNS}
+    runs = {name: learn(name, args) for name in RUNS if name != "control" or args.control}
     print_table(runs)
     draw(runs, args.picture)
     check_agreement(runs)
