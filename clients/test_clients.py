@@ -1,5 +1,5 @@
-"""Packages that use LSTM cells, or work on models that do: each runs the same model with torch's
-cells and with ours, and the numbers agree. `make clients` installs them."""
+"""Packages that use LSTM cells or layers, or work on models that do: each runs the same model with
+torch's and with ours, and the numbers agree. `make clients` installs them."""
 
 from __future__ import annotations
 
@@ -219,6 +219,40 @@ def test_tensordict() -> None:
         return once["h"], once["c"], other
 
     same(Cell, step)
+
+
+def test_torchrl() -> None:
+    """Stepped in a rollout, and over whole sequences within which episodes begin."""
+    modules = pytest.importorskip("torchrl.modules")
+    tensordict = pytest.importorskip("tensordict")
+    x, _ = data()
+    is_init = torch.zeros(B, STEPS, 1, dtype=torch.bool)
+    is_init[:, 0] = is_init[1, 2] = is_init[3, 1:3] = True
+
+    def use(lstm: nn.LSTM) -> Any:
+        policy = modules.LSTMModule(lstm=lstm, in_key="x", out_key="y")
+        zeros = torch.zeros(B, STEPS, lstm.num_layers, H, dtype=torch.float64)
+        states = {"recurrent_state_h": zeros, "recurrent_state_c": zeros}
+        given = {"x": x, "is_init": is_init, **states}
+        td = tensordict.TensorDict(given, batch_size=[B, STEPS])
+        steps = []
+        state = {key: value[:, 0] for key, value in states.items()}
+        for t in range(STEPS):
+            step = policy(td[:, t].update(state))
+            state = {key: step["next", key] for key in states}
+            steps.append(step["y"])
+        with modules.set_recurrent_mode(True):
+            whole = policy(td.clone())
+        agree(whole["y"], torch.stack(steps, 1))
+        whole["y"].square().sum().backward()
+        return whole["y"], [whole["next", key] for key in states], state
+
+    found = []
+    for kind in (nn.LSTM, lstmfused.LSTM):
+        torch.manual_seed(0)
+        lstm = kind(I, H, num_layers=2, batch_first=True, dtype=torch.float64)
+        found.append((use(lstm), [p.grad for p in lstm.parameters()]))
+    agree(*found)
 
 
 def test_captum() -> None:
