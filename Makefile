@@ -12,6 +12,7 @@ CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) b
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
+	$(PY) -m benchmarks --layer --threads 0 --batches 1,8,32 --budget 90
 	$(PY) -m benchmarks --cliffs
 
 test: $(VENV)/built

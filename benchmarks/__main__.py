@@ -15,7 +15,7 @@ import torch
 import lstmfused
 
 from . import limits, record, report
-from .cases import AVX2, BESIDE, DTYPES, MODES, SHAPES, SUITES, Case, Shape
+from .cases import AVX2, BESIDE_LAYER, DTYPES, MODES, SHAPES, SUITES, Case, Shape, Suite
 from .checkout import Checkout
 from .cliffs import main as cliffs
 from .peers import PEERS, Peer, present
@@ -97,9 +97,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
     asked: Json = {name: value for name in names if (value := getattr(args, name)) is not None}
     found = (AVX2 if args.isa else SUITES[args.suite])._replace(**asked)
     every = found.cases(torch.get_num_threads())
-    for beside in BESIDE.get(args.suite, ()) if not (args.isa or asked) else ():
-        every += beside.cases(torch.get_num_threads())
-    return list(dict.fromkeys(every))
+    beside: tuple[Suite, ...] = ()
+    if args.suite == "full" and not args.isa:
+        beside = (SUITES["memory"]._replace(shapes=found.shapes),)
+    elif args.suite == "layer" and not asked:
+        beside = BESIDE_LAYER
+    return every + [case for suite in beside for case in suite.cases(torch.get_num_threads())]
 
 
 def peers(args: argparse.Namespace) -> list[Peer]:

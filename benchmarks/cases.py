@@ -174,7 +174,7 @@ GPU_BATCHES = (1, 32, 8, 128, 16, 4, 64, 1024, 256, 4096)  # corners before what
 GPU_DTYPES = ("bfloat16", "float32", "float16", "tf32")
 
 SUITES = {
-    "default": Suite("", (OWN, "torch", "compile", "onnxruntime", "empty nn.Module"), 420),
+    "default": Suite("", (OWN, "torch", "compile", "onnxruntime", "empty nn.Module"), 360),
     "quick": Suite(
         "a few shapes: under two minutes", (OWN, "torch", "onnxruntime"), 90, FEW, (1, 8, 64)
     ),
@@ -249,17 +249,14 @@ SUITES = {
         device="cuda",
     ),
 }
-# What a suite measures beside its own: bytes; resets, as CleanRL trains with them; few units.
-BESIDE = {
-    "full": (SUITES["memory"],),
-    "layer": (
-        SUITES["layer"]._replace(
-            shapes=(Shape(512, 128),), batches=(2, 8), steps=(128,), sequence=RESETS
-        ),
-        SUITES["layer"]._replace(shapes=SQUARE[:3], batches=(1,), steps=(64,)),
-        SUITES["layer"]._replace(batches=(8, 32), threads=(0,), steps=(16, 128), modes=(KEPT,)),
+# Of the layer's run: resets, as CleanRL trains with them; few units; bytes.
+BESIDE_LAYER = (
+    SUITES["layer"]._replace(
+        shapes=(Shape(512, 128),), batches=(2, 8), steps=(128,), sequence=RESETS
     ),
-}
+    SUITES["layer"]._replace(shapes=SQUARE[:3], batches=(1,), steps=(64,)),
+    SUITES["layer"]._replace(batches=(8, 32), threads=(0,), steps=(16, 128), modes=(KEPT,)),
+)
 # Of the full run, in a process of its own.
 AVX2 = Suite("", (OWN, "torch", "allocate"), 0, modes=(INFERENCE,), threads=(1, 0), isa="avx2")
 

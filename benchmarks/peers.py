@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 import lstmfused
 
-from .cases import EAGER, INFERENCE, RESETS, STEP, STEPPED, Case
+from .cases import EAGER, INFERENCE, LAYER, RESETS, STEP, STEPPED, Case
 from .problem import Bound, Pair, Problem, over_time
 
 
@@ -41,7 +41,9 @@ class Peer:
         return None
 
     def supports(self, case: Case) -> bool:
-        return True
+        if case.sequence == LAYER:
+            return self.layer is not None
+        return not case.sequence or self.layer is lstmfused.LSTM  # torch's layer knows no resets
 
     def context(self) -> AbstractContextManager[None]:
         """What its calls run in; entered once for many."""

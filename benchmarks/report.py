@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from .cases import COLD, EAGER, GRAPH, INFERENCE, OWN, STEP, TRAINING
+from .cases import COLD, EAGER, GRAPH, INFERENCE, LAYER, OWN, STEP, TRAINING
 from .format import duration, insert, table, title
 from .frame import amount, frame, mean, mean_and_worst, peers, setting, shown, speedup
 from .limits import rooflines
@@ -193,6 +193,27 @@ def targets(data: Json) -> str:
     return f"{setting(data, rows)}\n\n{note}\n\n{verdict_table(verdicts(data, rows))}"
 
 
+def layer(data: Json) -> str:
+    """Sequences: means over each peer by the number of steps, and what was aimed at."""
+    rows = frame(data)
+    whole, lines = rows[rows["sequence"] == LAYER], []
+    for mode in STEP:
+        some = whole[whole["mode"] == mode]
+        for peer in peers(some)[1:]:
+            groups = [speedup(group, peer) for _, group in some.groupby("steps")]
+            texts = (f"**{mean(r):.2f}x** ({min(r):.2f}x)" if len(r) else "" for r in groups)
+            name = "nn.LSTM" if peer == "torch" else title(peer).replace("torch", "nn.LSTMCell")
+            lines.append([f"{name}, {mode}", *texts])
+    header = ["lstmfused.LSTM over", *(f"T = {steps}" for steps in sorted(set(whole["steps"])))]
+    note = "Geometric means (and worst rows)."
+    parts = (
+        f"{setting(data, rows)} {note}",
+        table(header, lines),
+        verdict_table(verdicts(data, rows)),
+    )
+    return "\n\n".join(parts)
+
+
 def second_order(data: Json) -> str:
     rows, lines = frame(data), []
     for mode, some in rows.groupby("mode", sort=False):
@@ -263,7 +284,7 @@ def summary(data: Json) -> str:
             parts.append(means(some, str(kind[0])))
     if len(rows):
         parts += [setting(data, rows), call_cost(rows)]
-    if data["suite"] in ("full", "gpu", "gpu-compiled"):
+    if data["suite"] in ("full", "gpu", "gpu-compiled", "layer"):
         found = verdicts(data, rows)
         parts += [verdict_table(found), *missed(data, found)]
     for name, roof in rooflines(data).items():
@@ -320,7 +341,10 @@ def main() -> int:
         return 0
     default, full, device = newest("default"), newest("full"), newest("gpu")
     blocks = {"benchmark": benchmark(default), "targets": targets(full), "gpu": gpu(device)}
-    blocks["second-order"] = second_order(newest("second-order"))
+    blocks |= {
+        "second-order": second_order(newest("second-order")),
+        "layer": layer(newest("layer")),
+    }
     readme = README.read_text(encoding="utf-8")
     for name, text in blocks.items():
         readme = insert(readme, text, name)

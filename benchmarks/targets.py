@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .cases import EAGER, GRAPH, INFERENCE, KEPT, PEAK, TRAINING
+from .cases import EAGER, GRAPH, INFERENCE, KEPT, LAYER, PEAK, RESETS, STEPPED, TRAINING
 from .frame import mean
 from .record import Json
 
@@ -63,6 +63,45 @@ TARGETS = (
     Target(f"memory kept for backward over {BYTES}", None, 1, "allowed", mode=KEPT, form="cost"),
     Target(f"peak memory of a training step {NN}", None, 1, mode=PEAK, form="cost"),
     Target("cost of the batch-invariant mode", peer="lstmfused", subject=INVARIANT, form="cost"),
+)
+
+SEQUENCE, LONG = f"sequence == '{LAYER}'", f"sequence == '{LAYER}' and steps >= 16"
+LARGE = f"{LONG} and batch >= 8 and units >= 128"
+LOOP = "batch == 1 and steps == 64 and units <= 128"
+LAYER_TARGETS = (
+    Target("layer, inference over nn.LSTM", 2, 1, where=SEQUENCE),
+    Target("layer, training over nn.LSTM", 1.6, 1, where=SEQUENCE, mode=TRAINING),
+    Target("layer over ONNX Runtime, T >= 16", 1.15, 0.97, "onnxruntime", LONG),
+    Target(
+        "layer, share of the limit, B >= 8, T >= 16, H >= 128",
+        None,
+        0.8,
+        "limit",
+        LARGE,
+        form="share",
+    ),
+    Target("the same in training", None, 0.7, "limit", LARGE, mode=TRAINING, form="share"),
+    Target(
+        "layer, share of the bandwidth, B = 1, T >= 16, weights in L2",
+        None,
+        0.8,
+        "limit",
+        f"{LONG} and batch == 1 and units <= 256",
+        form="share",
+    ),
+    Target(
+        "resets, training over a loop of nn.LSTMCell",
+        None,
+        8,
+        "torch stepped",
+        f"sequence == '{RESETS}'",
+        mode=TRAINING,
+    ),
+    Target(
+        "layer, inference over a loop of our cell, H <= 128, B = 1, T = 64", None, 3, STEPPED, LOOP
+    ),
+    Target("the same in training", None, 10, STEPPED, LOOP, mode=TRAINING),
+    Target("layer, memory kept for backward over nn.LSTM's", None, 1, mode=KEPT, form="cost"),
 )
 
 SMALL, HALF = "batch <= 32 and units <= 512", "512 <= units <= 1024 and dtype == 'bfloat16'"
@@ -137,8 +176,8 @@ def judged(target: Target, every: pd.DataFrame) -> Verdict:
 
 
 def verdicts(data: Json, every: pd.DataFrame) -> list[Verdict]:
-    on_gpu: dict[str, tuple[Target, ...]] = {"gpu": GPU_TARGETS, "gpu-compiled": COMPILED_TARGETS}
-    targets = on_gpu.get(data["suite"], TARGETS)
+    of: dict[str, tuple[Target, ...]] = {"gpu": GPU_TARGETS, "gpu-compiled": COMPILED_TARGETS}
+    targets = (of | {"layer": LAYER_TARGETS}).get(data["suite"], TARGETS)
     if not any("bfloat16" in roof["peak"] for roof in data["roofline"].values()):
         targets = tuple(target for target in targets if target.peer != FLOATS)  # no dot products
     return [judged(target, every) for target in targets]

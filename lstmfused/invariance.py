@@ -19,7 +19,11 @@ def set_batch_invariant(mode: bool) -> None:
     every position in the batch and for every number of threads, at the cost of speed in small
     batches of narrow cells and large batches of wide ones.
 
-    It holds for the fused step on CPU, in all dtypes, compiled or not, until it is set again, in
+    A layer, :class:`LSTM`, then has the bits of its cells called step by step, for every number of
+    steps, with resets and lengths, too. What comes after it has to keep them:
+    :class:`torch.nn.Linear` does not.
+
+    It holds for cell and layer on CPU, in all dtypes, compiled or not, until it is set again, in
     the whole process, as :func:`torch.use_deterministic_algorithms` does. Gradients stay as they
     are. Where no batch-invariant kernel is (CUDA tensors, forward-mode derivatives, transforms of
     ``torch.func``, ``vmap`` over weights), the step raises :class:`NotImplementedError`.

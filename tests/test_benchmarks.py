@@ -181,6 +181,22 @@ def test_peers_are_right(name: str, dtype: str, mode: str) -> None:
             verify(name, peer.bind(Problem(case)), mode)
 
 
+@pytest.mark.parametrize("mode", STEP)
+@pytest.mark.parametrize("sequence", cases.SEQUENCES)
+@pytest.mark.parametrize("name", SUITES["layer"].peers)
+def test_peers_are_right_over_a_sequence(name: str, sequence: str, mode: str) -> None:
+    peer, found = PEERS[name], []
+    for steps in (1, 5):
+        case = Case(SMALL, 7, mode, threads=1, steps=steps, sequence=sequence)
+        if peer.supports(case) and not peer.missing():
+            with torch.set_grad_enabled(mode == cases.TRAINING):
+                verify(name, peer.bind(Problem(case)), mode)
+            found.append(steps)
+    whole = name == "lstmfused" or (sequence == cases.LAYER and name == "torch")
+    assert found[-1:] == [5] or name in ("torch", "onnxruntime")
+    assert not whole or found == [1, 5]
+
+
 def wrong(spoil: Callable[[Problem, Tensor, Tensor], object]) -> Peer:
     """torch's cell, spoilt after a training step."""
 

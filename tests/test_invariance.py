@@ -174,7 +174,7 @@ def test_a_layer_has_the_bits_of_a_stepped_cell(
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             output, state, cells = layer(x, (h, c), reset, lengths, return_cell_states=True)
-        for direction, cell in enumerate(map(partial(layer.cell, 0), (0, 1))):
+        for direction, stepped in enumerate(map(partial(layer.cell, 0), (0, 1))):
             now = h[direction], c[direction]
             half = slice(direction * H, direction * H + H)
             for t in reversed(range(T)) if direction else range(T):
@@ -183,7 +183,7 @@ def test_a_layer_has_the_bits_of_a_stepped_cell(
                 starts = reset[at] & (at < lengths) if at < T else torch.zeros(B).bool()
                 before = [s.masked_fill(starts.unsqueeze(1), 0) for s in now]
                 with torch.no_grad():
-                    after = cell(x[t], (before[0], before[1]))
+                    after = stepped(x[t], (before[0], before[1]))
                 lives = (t < lengths).unsqueeze(1)
                 now = torch.where(lives, after[0], now[0]), torch.where(lives, after[1], now[1])
                 assert torch.equal(output[t, :, half], now[0] * lives)

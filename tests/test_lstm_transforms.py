@@ -31,9 +31,12 @@ def normal(*shape: int) -> Tensor:
 
 
 def function(x: Tensor, h: Tensor, c: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    given = (list(parameters), True, 2, 0.0, False, True)
-    masks = {"reset": RESET, "lengths": LENGTHS}
-    output, state, cells = lstm(x, (h, c), *given, **masks, return_cell_states=True)
+    output, state, cells = lstm(
+        *(x, (h, c), list(parameters), True, 2, 0.0, False, True),
+        reset=RESET,
+        lengths=LENGTHS,
+        return_cell_states=True,
+    )
     return output, *state, cells
 
 
@@ -83,7 +86,8 @@ def test_a_state_that_is_made_from_the_weights() -> None:
 
 def loss(model: lstmfused.LSTM) -> Callable[..., Tensor]:
     def of(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(model, parameters, (x,))[0].square().sum()
+        output: Tensor = functional_call(model, parameters, (x,))[0]
+        return output.square().sum()
 
     return of
 
@@ -112,7 +116,7 @@ def test_vmap_over_inputs(masks: dict[str, Tensor], states: bool) -> None:
     for stack, expected in zip(found, zip(*map(of, xs), strict=True), strict=True):
         torch.testing.assert_close(stack, torch.stack(expected))
     (gradient,) = torch.autograd.grad(found[0].square().sum(), xs)
-    (want,) = torch.autograd.grad(sum(of(x)[0].square().sum() for x in xs), xs)
+    (want,) = torch.autograd.grad(torch.stack([of(x)[0] for x in xs]).square().sum(), xs)
     torch.testing.assert_close(gradient, want)
 
 
@@ -129,14 +133,15 @@ def test_jacobians_and_hessians() -> None:
     model, x = layer(), normal(T, B, I).detach()
 
     def of(x: Tensor) -> Tensor:
-        return model(x)[0].sum((0, 2))
+        output: Tensor = model(x)[0]
+        return output.sum((0, 2))
 
     torch.testing.assert_close(jacrev(of)(x), jacfwd(of)(x))
     expected = torch.autograd.functional.hessian(lambda x: of(x).sum(), x)
     torch.testing.assert_close(hessian(lambda x: of(x).sum())(x), expected)
     batched = torch.autograd.functional.jacobian(of, x, vectorize=True)
     torch.testing.assert_close(batched, jacrev(of)(x))
-    _, tangent = jvp(of, (x,), (torch.ones_like(x),))
+    tangent = jvp(of, (x,), (torch.ones_like(x),))[1]
     torch.testing.assert_close(tangent, jacrev(of)(x).sum((1, 2, 3)))
 
 
