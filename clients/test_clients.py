@@ -227,12 +227,13 @@ def test_torchrl() -> None:
     tensordict = pytest.importorskip("tensordict")
     x, _ = data()
     is_init = torch.zeros(B, STEPS, 1, dtype=torch.bool)
-    is_init[:, 0] = is_init[1, 2] = is_init[3, 1:3] = True
+    is_init[:2, 0] = is_init[1, 2] = is_init[3, 1:3] = True
+    # Other rows go on from a state. Where an episode begins, a rollout has stored zeros.
+    carried = torch.randn(2, B, STEPS, 2, H, dtype=torch.float64).masked_fill(is_init[..., None], 0)
+    states = {"recurrent_state_h": carried[0], "recurrent_state_c": carried[1]}
 
     def use(lstm: nn.LSTM) -> Any:
         policy = modules.LSTMModule(lstm=lstm, in_key="x", out_key="y")
-        zeros = torch.zeros(B, STEPS, lstm.num_layers, H, dtype=torch.float64)
-        states = {"recurrent_state_h": zeros, "recurrent_state_c": zeros}
         given = {"x": x, "is_init": is_init, **states}
         td = tensordict.TensorDict(given, batch_size=[B, STEPS])
         steps = []
