@@ -54,11 +54,19 @@ State with_batch(const Tensor& input, const OptionalTensor& hx, const OptionalTe
 // Of a layer: body gets the states before all steps, each (B, H).
 template <class Body>
 auto with_states(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                 const c10::SymInt& units, const Body& body) {
+  check_layer_ranks(input, hx, cx);
+  if (hx) return body(*hx, *cx);
+  const Tensor zeros = zero_state(input, units, input.scalar_type());
+  return body(zeros, zeros);
+}
+
+// The units are those of weight_hh, (4H, H).
+template <class Body>
+auto with_states(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                  const Tensor& weight_hh, const Body& body) {
   check_layer_ranks(input, hx, cx, weight_hh);
-  if (hx) return body(*hx, *cx);
-  const Tensor zeros = zero_state(input, weight_hh.sym_size(1), input.scalar_type());
-  return body(zeros, zeros);
+  return with_states(input, hx, cx, weight_hh.sym_size(1), body);
 }
 
 }  // namespace lstmfused

@@ -107,6 +107,21 @@ void check_packed_sizes(const Tensor& input, const Tensor& hx, const Tensor& cx,
   check_state<Sizes>(1, cx, input, units);
 }
 
+// (T, B, I) -> (B, I), whatever is in it.
+Tensor one_step(const Tensor& input) {
+  const bool any = symbolic(input) || input.size(0) == 0;
+  return any ? input.new_empty_symint({input.sym_size(1), input.sym_size(2)}) : input.select(0, 0);
+}
+
+void check_mask(const OptionalTensor& mask, const Tensor& input) {
+  if (!mask || !mask->defined()) return;
+  check_place("mask", *mask, input);
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 2 &&
+                  mask->sym_size(0) == input.sym_size(0) && mask->sym_size(1) == input.sym_size(1),
+              "lstm_layer: expected mask of shape [", input.sym_size(0), ", ", input.sym_size(1),
+              "] in Byte, got ", mask->sym_sizes(), " in ", mask->scalar_type());
+}
+
 }  // namespace
 
 void check_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx) {
@@ -142,12 +157,16 @@ void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const T
   if (bias_hh && bias_hh->defined()) check_like("bias_hh", *bias_hh, input);
 }
 
-void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                       const Tensor& weight_hh) {
+void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx) {
   TORCH_CHECK(input.dim() == 3, "lstm_layer: expected input of shape [steps, batch, input], got ",
               input.sym_sizes());
   TORCH_CHECK(hx.has_value() == cx.has_value(),
               "lstm_layer expects two hidden states, h and c, or none of them");
+}
+
+void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                       const Tensor& weight_hh) {
+  check_layer_ranks(input, hx, cx);
   TORCH_CHECK(weight_hh.dim() == 2, "lstm_layer: expected weight_hh of shape [4 * units, units], got ",
               weight_hh.sym_sizes());
 }
@@ -156,16 +175,8 @@ void check_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const 
                  const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                  const OptionalTensor& mask) {
   check_layer_ranks(input, hx, cx, weight_hh);
-  const bool any = symbolic(input) || input.size(0) == 0;
-  const Tensor step =
-      any ? input.new_empty_symint({input.sym_size(1), input.sym_size(2)}) : input.select(0, 0);
-  check_step(step, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  if (!mask || !mask->defined()) return;
-  check_place("mask", *mask, input);
-  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 2 &&
-                  mask->sym_size(0) == input.sym_size(0) && mask->sym_size(1) == input.sym_size(1),
-              "lstm_layer: expected mask of shape [", input.sym_size(0), ", ", input.sym_size(1),
-              "] in Byte, got ", mask->sym_sizes(), " in ", mask->scalar_type());
+  check_step(one_step(input), hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  check_mask(mask, input);
 }
 
 void check_layer_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h,
@@ -236,6 +247,14 @@ void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const
   if (!scaled) return;
   check_flat("scale", *scale, 4 * padded);
   check_like("scale", *scale, bias, "bias");
+}
+
+void check_packed_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                        const Tensor& bias, const OptionalTensor& scale, const OptionalTensor& mask,
+                        int64_t inputs, int64_t units, int64_t format) {
+  check_layer_ranks(input, hx, cx);
+  check_packed(one_step(input), hx, cx, weight, bias, scale, inputs, units, format);
+  check_mask(mask, input);
 }
 
 void check_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& gates,

@@ -26,6 +26,7 @@ void check_step(const Tensor& input, const Tensor& hx, const Tensor& cx, const T
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh);
 
 // A layer: input (T, B, I), states (B, H), or none of them.
+void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx);
 void check_layer_ranks(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                        const Tensor& weight_hh);
 
@@ -45,6 +46,11 @@ void check_layer_backward(const OptionalTensor& grad_output, const OptionalTenso
 void check_packed(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
                   const Tensor& bias, const OptionalTensor& scale, int64_t inputs, int64_t units,
                   int64_t format);
+
+// The same of each step of a layer; mask uint8 (T, B).
+void check_packed_layer(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight,
+                        const Tensor& bias, const OptionalTensor& scale, const OptionalTensor& mask,
+                        int64_t inputs, int64_t units, int64_t format);
 
 // Whether those are there that the wanted gradients take.
 void check_needed(const OptionalTensor& input, const OptionalTensor& hx, const OptionalTensor& weight_ih,

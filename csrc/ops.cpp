@@ -12,6 +12,7 @@
 //   lstm_layer                     cpu/layer      stepped    layer         autocast  _ops/vmap.py  yes
 //   lstm_layer_forward             cpu/layer      stepped    layer                                 yes
 //   lstm_layer_backward            cpu/layer      stepped    layer                                 yes
+//   lstm_layer_packed              cpu/packed                cpu/packed    cpu/packed              yes
 //
 // autograd/ has cell, layer, autocast, second_order, composed and stepped, the layer as a loop over the
 // cell; lstmfused/_ops/fake.py the fake kernels; python.cpp the bindings.
@@ -104,6 +105,11 @@ TORCH_LIBRARY(lstmfused, m) {
       "Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
       "Tensor grad_bias_hh)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lstm_layer_packed(Tensor input, Tensor? hx, Tensor? cx, Tensor weight, Tensor bias, Tensor? scale, "
+      "Tensor? mask, int input_size, int hidden_size, int format, bool reverse) -> (Tensor output, "
+      "Tensor h, Tensor c)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 namespace lstmfused {
@@ -187,6 +193,14 @@ State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const Opti
                        int64_t input_size, int64_t hidden_size, int64_t format) {
   LSTMFUSED_HANDLE(lstm_cell_packed);
   return handle.call(input, hx, cx, weight, bias, scale, input_size, hidden_size, format);
+}
+
+PackedLayerStates lstm_layer_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                                    const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                                    const OptionalTensor& mask, int64_t input_size, int64_t hidden_size,
+                                    int64_t format, bool reverse) {
+  LSTMFUSED_HANDLE(lstm_layer_packed);
+  return handle.call(input, hx, cx, weight, bias, scale, mask, input_size, hidden_size, format, reverse);
 }
 
 LayerStates lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

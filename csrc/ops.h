@@ -19,6 +19,7 @@ using StateAndGates = std::tuple<Tensor, Tensor, Tensor>;                       
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in ops.cpp
 
 using LayerStates = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // output, h, c, cells
+using PackedLayerStates = std::tuple<Tensor, Tensor, Tensor>;    // output, h, c
 using LayerForward = std::tuple<Tensor, Tensor, Tensor>;         // hidden, cells, gates
 
 // The seven arguments of a step, in the order of the schema, or something for each of them; an absent bias
@@ -80,6 +81,11 @@ State lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const Opti
                        const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
                        int64_t input_size, int64_t hidden_size, int64_t format);
 
+PackedLayerStates lstm_layer_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                                    const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                                    const OptionalTensor& mask, int64_t input_size, int64_t hidden_size,
+                                    int64_t format, bool reverse);
+
 // A layer: T steps in one direction.
 LayerStates lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                        const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -140,5 +146,9 @@ void check_lstm_layer(const Tensor& input, const OptionalTensor& hx, const Optio
 void check_lstm_cell_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
                             const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
                             int64_t input_size, int64_t hidden_size, int64_t format);
+void check_lstm_layer_packed(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
+                             const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+                             const OptionalTensor& mask, int64_t input_size, int64_t hidden_size,
+                             int64_t format);
 
 }  // namespace lstmfused

@@ -20,7 +20,7 @@ namespace {
 // pybind11, too, would take longer than a small step computes.
 
 struct Names {
-  const char *op, *arguments[10];
+  const char *op, *arguments[11];
 };
 constexpr Names kStep{"lstm_cell",
                       {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"}};
@@ -30,6 +30,10 @@ constexpr Names kPacked{
 constexpr Names kLayer{"lstm_layer",
                        {"input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "mask",
                         "reverse", "cell_states"}};
+
+constexpr Names kPackedLayer{"lstm_layer_packed",
+                             {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "mask", "input_size",
+                              "hidden_size", "format", "reverse"}};
 
 template <class T>
 constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>;
@@ -138,9 +142,8 @@ PyMethodDef method() {
 }
 
 PyMethodDef methods[] = {
-    method<lstm_cell, kStep>(),
-    method<lstm_cell_packed, kPacked>(),
-    method<lstm_layer, kLayer>(),
+    method<lstm_cell, kStep>(),     method<lstm_cell_packed, kPacked>(),
+    method<lstm_layer, kLayer>(),   method<lstm_layer_packed, kPackedLayer>(),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -155,6 +158,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_lstm_cell", &lstmfused::check_lstm_cell);
   m.def("check_lstm_layer", &lstmfused::check_lstm_layer);
   m.def("check_lstm_cell_packed", &lstmfused::check_lstm_cell_packed);
+  m.def("check_lstm_layer_packed", &lstmfused::check_lstm_layer_packed);
   m.def("batch_invariant", &lstmfused::batch_invariant);
   m.def("set_batch_invariant", &lstmfused::set_batch_invariant);
   m.attr("packed_format") = lstmfused::kPackedFormat;

@@ -94,3 +94,28 @@ def check_lstm_layer(
     bias_hh: Tensor | None,
     mask: Tensor | None,
 ) -> None: ...
+def lstm_layer_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def check_lstm_layer_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+) -> None: ...

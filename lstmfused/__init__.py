@@ -5,12 +5,22 @@ from ._integrations.decompositions import decompositions
 from ._ops import build_info
 from ._version import __version__
 from .invariance import batch_invariant, is_batch_invariant, set_batch_invariant
-from .modules import LSTM, LazyLSTMCell, LSTMCell, PackedLSTMCell, fuse_, pack, unfuse_
+from .modules import (
+    LSTM,
+    LazyLSTMCell,
+    LSTMCell,
+    PackedLSTM,
+    PackedLSTMCell,
+    fuse_,
+    pack,
+    unfuse_,
+)
 
 __all__ = [
     "LSTM",
     "LSTMCell",
     "LazyLSTMCell",
+    "PackedLSTM",
     "PackedLSTMCell",
     "__version__",
     "batch_invariant",

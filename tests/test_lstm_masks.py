@@ -290,8 +290,9 @@ def test_whatever_the_masks(
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("state", [False, True])
-def test_holes(state: bool, reverse: bool) -> None:
-    module, x, (h, c) = drawn()
+@pytest.mark.parametrize("B", [B, 40])  # of 40 rows, input and state are multiplied together
+def test_holes(B: int, state: bool, reverse: bool) -> None:
+    module, x, (h, c) = drawn(B=B)
     mask = (torch.arange(T * B) * 5 % 7 % 3).to(torch.uint8).view(T, B)
     assert mask.unique().tolist() == [0, 1, 2]
     start = (h[0], c[0]) if state else (None, None)
@@ -314,6 +315,22 @@ def test_holes(state: bool, reverse: bool) -> None:
     for before, t in pairwise(order):
         skipped = mask[t] == 2
         assert torch.equal(found[0][t][skipped], found[0][before][skipped])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_as_few(dtype: torch.dtype) -> None:
+    """With the cell state in float32; what a reset drops may be anything."""
+    module, x, (h, c) = drawn(B=40, dtype=dtype)
+    mask = (torch.arange(T * 40) * 5 % 7 % 3).to(torch.uint8).view(T, 40)
+    h = h[0].masked_fill((mask[0] == 1).unsqueeze(1), torch.nan)
+    weights, c = [p.detach() for p in module.parameters()], c[0].float()
+    whole = LAYER(x, h, c, *weights, mask, False, True)
+    for rows in torch.arange(40).split(5):
+        part = LAYER(x[:, rows], h[rows], c[rows], *weights, mask[:, rows], False, True)
+        for found, want in zip(whole, part, strict=True):
+            found = found[:, rows] if found.dim() == 3 else found[rows]
+            eps = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found, want, rtol=eps, atol=eps)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,108 +1,37 @@
 // The layer's operators on CPU tensors: steps in a loop, by the cell's kernels.
-#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstring>
-
 #include "../batch.h"
-#include "../tensors.h"
-#include "runtime.h"
+#include "steps.h"
 
 namespace lstmfused {
 namespace {
 
-// T steps in one direction.
-struct Steps {
-  int64_t T, B, I, H;
-  bool reverse;
-  const RowMask* mask;  // (T, B) or null
-
-  int64_t rows() const { return T * B; }
-  int64_t states() const { return B * H; }
-  // The time of the step that comes in place k.
-  int64_t time(int64_t k) const { return reverse ? T - 1 - k : k; }
-  // Of T + 1 states, those before and after the step at time t.
-  int64_t before(int64_t t) const { return reverse ? t + 1 : t; }
-  int64_t after(int64_t t) const { return reverse ? t : t + 1; }
-  int64_t work() const { return rows() * 4 * H * (I + H); }
-};
-
-// n steps from place k on, which are those from time `first` on.
-struct Chunk {
-  int64_t k, n, first;
-};
-template <class Body>
-void each_chunk(const Steps& s, int64_t most, const Body& body) {
-  for (int64_t k = 0; k < s.T; k += most) {
-    const int64_t n = std::min(most, s.T - k);
-    body(Chunk{k, n, s.reverse ? s.T - k - n : k});
-  }
-}
-
-struct Rows {
-  int64_t begin, end;
-};
-// The rows that a step does not skip lie within these.
-Rows taken_rows(const RowMask* mask, int64_t B) {
-  if (!mask) return {0, B};
-  Rows rows{0, B};
-  while (rows.begin < B && mask[rows.begin] == RowMask::kSkip) rows.begin++;
-  while (rows.end > rows.begin && mask[rows.end - 1] == RowMask::kSkip) rows.end--;
-  return rows;
-}
-bool has(RowMask what, const RowMask* mask, int64_t rows) {
-  return mask && std::memchr(mask, int(what), rows);
-}
-
-// A buffer of states, whose type is T or, of a wide cell state, another one.
-template <class T>
-struct States {
-  T* at;
-  int64_t size;  // bytes of an element
-
-  explicit States(const Tensor& tensor)
-      : at(const_cast<T*>(in<T>(tensor))), size(tensor.defined() ? tensor.element_size() : 0) {}
-  T* operator[](int64_t i) const {
-    return at ? reinterpret_cast<T*>(reinterpret_cast<char*>(at) + i * size) : nullptr;
-  }
-  void copy(int64_t to, int64_t from, int64_t count) const {
-    if (to != from && count) std::memcpy((*this)[to], (*this)[from], count * size);
-  }
-};
-
-// (B, H) into the rows of a contiguous buffer.
-void copy_rows(const Tensor& from, char* to) {
-  const int64_t bytes = from.size(1) * from.element_size(), stride = from.stride(0) * from.element_size();
-  const char* at = static_cast<const char*>(from.const_data_ptr());
-  for (int64_t row = 0; row < from.size(0); row++) std::memcpy(to + row * bytes, at + row * stride, bytes);
-}
-
 // ---------------------------------------------------------------------------------------------------
 // Forward
 
-// Whether steps take their inputs themselves: of few rows these are multiplied for many steps at once, and
-// of rows that are reset, whose sums are dropped. A batch-invariant layer must not look at the rows.
-template <class T>
-bool joint(const Steps& s, const Forward<T>& given) {
-  return !s.I || (!given.batch_invariant && (s.T == 1 || s.B >= kJointRows) &&
-                  !has(RowMask::kReset, s.mask, s.rows()));
+// Whether steps take their inputs themselves: of few rows these are multiplied for many steps at once. A
+// batch-invariant layer must not look at the rows.
+bool joint(const Steps& s, bool batch_invariant) {
+  return !s.I || (!batch_invariant && (s.T == 1 || s.B >= kJointRows));
 }
 
 // The layer's weights, as they are or, where it pays, packed: for the inputs, and for the steps.
 template <class T>
 struct Weights {
   const CellKernels<T>& kernels;
+  const Forward<T>& given;
   Tensor of_inputs, of_steps, bias;
 
-  Weights(const CellKernels<T>& given_kernels, const Steps& s, const Forward<T>& given, bool both,
-          const Pool& pool)
-      : kernels(given_kernels) {
+  Weights(const CellKernels<T>& given_kernels, const Steps& s, const Forward<T>& weights,
+          [[maybe_unused]] const Pool& pool)
+      : kernels(given_kernels), given(weights) {
     if constexpr (std::is_same_v<T, float>) {
       if (s.rows() < kPackedSequence || given.batch_invariant) return;
       const auto pack = [&](const float* weight, int64_t K, const Tensor& packed, int64_t begin) {
         cpu_kernels().pack({s.H, K, weight, K, 1, out<float>(packed), begin, packed.size(0)}, pool);
       };
+      const bool both = joint(s, given.batch_invariant);
       const int64_t units = packed_units(s.H);
       of_steps = empty_cpu({both ? s.I + s.H : s.H, 4 * units}, at::kFloat);
       of_inputs = both ? of_steps : empty_cpu({s.I, 4 * units}, at::kFloat);
@@ -117,91 +46,22 @@ struct Weights {
     }
   }
 
-  void run(const Forward<T>& p, [[maybe_unused]] const Tensor& packed, const Pool& pool) const {
+  void operator()(const Step<T>& step, const Pool& pool) const {
+    const bool biased = !step.starting_sums;  // else the biases are among these
     if constexpr (std::is_same_v<T, float>)
-      if (packed.defined())
-        return cpu_kernels().packed_f32(
-            {p, in<float>(packed), nullptr, p.starting_sums ? nullptr : in<float>(bias)}, pool);
+      if (of_steps.defined())
+        return cpu_kernels().packed_f32({step, in<float>(step.sums ? of_inputs : of_steps), nullptr,
+                                         biased ? in<float>(bias) : nullptr},
+                                        pool);
+    Forward<T> p = given;
+    static_cast<Step<T>&>(p) = step;
+    if (!biased) p.bias_ih = p.bias_hh = nullptr;
     kernels.forward(p, pool);
   }
 };
 
-// hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time hold the initial
-// state. gates (T, B, 4H) are undefined where they are not wanted.
-template <class T>
-void forward(const CellKernels<T>& kernels, const Steps& s, const Forward<T>& given, const Tensor& hidden,
-             const Tensor& cells, const Tensor& gates) {
-  using A = Accumulate<T>;
-  const bool both = joint(s, given);
-  const int64_t G = 4 * s.H, row_bytes = G * int64_t(sizeof(A));
-  const int64_t steps = both ? s.T : std::clamp<int64_t>(kStepsBytes / row_bytes / s.B, 1, s.T);
-  T* const out_gates = out<T>(gates);
-  const bool in_place = out_gates && std::is_same_v<T, A>;  // sums, before they become gates
-  const Tensor scratch =
-      both || in_place ? Tensor() : empty_cpu({steps * s.B, G}, at::toOpMathType(hidden.scalar_type()));
-  const States<T> h(hidden), c(cells);
-  const int64_t keep = cells.size(0) > 1;
-
-  with_team(s.work(), [&](const Pool& pool) {
-    const Weights<T> weights(kernels, s, given, both, pool);
-    each_chunk(s, steps, [&](const Chunk& chunk) {
-      A* const sums = in_place ? reinterpret_cast<A*>(out_gates) + chunk.first * s.B * G : out<A>(scratch);
-      if (!both) {
-        Forward<T> inputs = given;
-        inputs.B = chunk.n * s.B;
-        inputs.input += chunk.first * s.B * given.input_stride;
-        inputs.hx = inputs.input;  // not looked at
-        inputs.hx_stride = 0;
-        inputs.sums = sums;
-        weights.run(inputs, weights.of_inputs, pool);
-      }
-      for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
-        const int64_t t = s.time(k), before = s.before(t) * s.states(), after = s.after(t) * s.states();
-        const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
-        const Rows rows = taken_rows(mask, s.B);
-        for (const Rows skipped : {Rows{0, rows.begin}, Rows{rows.end, s.B}}) {
-          const int64_t at = skipped.begin * s.H, count = (skipped.end - skipped.begin) * s.H;
-          h.copy(after + at, before + at, count);
-          c.copy(keep * after + at, keep * before + at, count);
-        }
-        if (rows.begin == rows.end) continue;
-        const int64_t row = rows.begin, at = row * s.H;
-        Forward<T> step = given;
-        step.B = rows.end - row;
-        step.input += (t * s.B + row) * given.input_stride;
-        step.hx = h[before + at];
-        step.hx_stride = step.cx_stride = s.H;
-        step.cx = c[keep * before + at];
-        step.h = h[after + at];
-        step.c = c[keep * after + at];
-        step.gates = out_gates ? out_gates + (t * s.B + row) * G : nullptr;
-        step.mask = mask ? mask + row : nullptr;
-        if (!both) {  // input and biases are among the sums
-          step.I = 0;
-          step.bias_ih = step.bias_hh = nullptr;
-          step.starting_sums = sums + ((t - chunk.first) * s.B + row) * G;
-        }
-        weights.run(step, weights.of_steps, pool);
-      }
-    });
-  });
-}
-
 // ---------------------------------------------------------------------------------------------------
 // Backward
-
-// The rows of `from` (rows, n), zero where the mask has `what`, as a copy in scratch.
-template <class T>
-const T* without(RowMask what, const RowMask* mask, const T* from, int64_t stride, int64_t rows, int64_t n,
-                 const Tensor& scratch) {
-  T* const to = out<T>(scratch);
-  for (int64_t row = 0; row < rows; row++)
-    if (mask[row] == what)
-      std::memset(to + row * n, 0, n * sizeof(T));
-    else
-      std::memcpy(to + row * n, from + row * stride, n * sizeof(T));
-  return to;
-}
 
 struct OutputGradients {
   MaybeOwned output, h, c, cells;  // (T, B, H), (B, H), (B, H), (T, B, H); undefined for zeros
@@ -303,25 +163,6 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
 // ---------------------------------------------------------------------------------------------------
 // Tensors
 
-// (T, B, I) whose rows of all steps are those of one matrix, as they lie or copied.
-struct Inputs {
-  MaybeOwned tensor;
-  int64_t stride;  // between rows
-
-  explicit Inputs(const Tensor& given) {
-    const int64_t T = given.size(0), B = given.size(1), I = given.size(2);
-    stride = given.stride(B == 1 ? 0 : 1);  // that of a dimension of size 1 says nothing
-    const bool one = T <= 1 || B <= 1 || given.stride(0) == B * stride;
-    if (one && (given.stride(2) == 1 || I <= 1)) {
-      tensor = MaybeOwned::borrowed(given);
-    } else {
-      tensor = MaybeOwned::owned(given.contiguous());
-      stride = I;
-    }
-  }
-};
-const RowMask* row_mask(const Tensor& mask) { return reinterpret_cast<const RowMask*>(in<uint8_t>(mask)); }
-
 struct Layer {
   Inputs input;
   MaybeOwned weight_ih, weight_hh, bias_ih, bias_hh, mask;
@@ -341,18 +182,11 @@ struct Layer {
 
   void run(const Tensor& hx, const Tensor& cx, const Tensor& hidden, const Tensor& cells,
            const Tensor& gates) const {
-    const Steps& s = steps;
-    if (!s.states()) return;
-    const int64_t first = s.before(s.time(0)) * s.states();
-    copy_rows(*rows(hx), static_cast<char*>(hidden.mutable_data_ptr()) + first * hidden.element_size());
-    copy_rows(*rows(cx), static_cast<char*>(cells.mutable_data_ptr()) +
-                             (cells.size(0) > 1 ? first : 0) * cells.element_size());
-    if (!s.T) return;
     with_kernels(hidden.scalar_type(), [&](const auto& kernels) {
       using T = typename std::decay_t<decltype(kernels)>::dtype;
       Forward<T> given{};
-      given.I = s.I;
-      given.H = s.H;
+      given.I = steps.I;
+      given.H = steps.H;
       given.input = in<T>(*input.tensor);
       given.input_stride = input.stride;
       given.wide_cell = cells.scalar_type() != hidden.scalar_type();
@@ -361,7 +195,8 @@ struct Layer {
       given.bias_ih = in<T>(*bias_ih);
       given.bias_hh = in<T>(*bias_hh);
       given.batch_invariant = batch_invariant();
-      forward(kernels, s, given, hidden, cells, gates);
+      take_steps<T>(steps, given, joint(steps, given.batch_invariant), hx, cx, hidden, cells, gates,
+                    [&](const Pool& pool) { return Weights<T>(kernels, steps, given, pool); });
     });
   }
 };

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .._ops import _C
-from ..modules.packed import unpacked
+from ..modules.packing import unpacked
 
 __all__ = ["decompositions", "register"]
 
@@ -55,26 +55,53 @@ def lstm_cell_packed(
     format: int,
 ) -> tuple[Tensor, Tensor]:
     _C.check_lstm_cell_packed(input, hx, cx, weight, bias, scale, input_size, hidden_size, format)
+    state = None if hx is None or cx is None else (hx, cx)
+    return reference.lstm_cell(
+        input, state, *_weights(weight, bias, scale, input_size, hidden_size)
+    )
+
+
+def lstm_layer_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = input_size, hidden_size
+    _C.check_lstm_layer_packed(input, hx, cx, weight, bias, scale, mask, *sizes, format)
+    weights = _weights(weight, bias, scale, *sizes)
+    return reference.lstm_layer(input, hx, cx, *weights, None, mask, reverse)[:3]
+
+
+def _weights(
+    weight: Tensor, bias: Tensor, scale: Tensor | None, input_size: int, hidden_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight_ih`, `weight_hh` and the sum of both biases."""
     rows = unpacked(weight, hidden_size).float()
     if scale is not None:
         rows = rows * unpacked(scale, hidden_size)
-    state = None if hx is None or cx is None else (hx, cx)
     weight_ih, weight_hh = rows.split([input_size, hidden_size], 1)
-    return reference.lstm_cell(
-        input, state, weight_ih, weight_hh, unpacked(bias, hidden_size).flatten()
-    )
+    return weight_ih, weight_hh, unpacked(bias, hidden_size).flatten()
 
 
 DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "lstm_cell": lstm_cell,
     "lstm_cell_packed": lstm_cell_packed,
     "lstm_layer": lstm_layer,
+    "lstm_layer_packed": lstm_layer_packed,
 }
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """Torch's default decompositions, :func:`torch.export.default_decompositions`, and those of the
-    step, of a packed cell's and of the layer: a table for ``ExportedProgram.run_decompositions``
+    step, of the layer and of packed ones: a table for ``ExportedProgram.run_decompositions``
     that leaves nothing but core ATen. A layer becomes a step for each of its steps, the number of
     which must not be dynamic.
 

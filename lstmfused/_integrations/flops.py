@@ -110,6 +110,22 @@ def packed(
     return 2 * prod(input[:-1]) * 4 * hidden_size * (input_size + hidden_size)
 
 
+def packed_layer(
+    input: Shape,
+    hx: Any,
+    cx: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    mask: Any,
+    input_size: int,
+    hidden_size: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return packed(input, hx, cx, weight, bias, scale, input_size, hidden_size)
+
+
 def register(flop_counter: Any) -> None:
     """With :class:`torch.utils.flop_counter.FlopCounterMode`: two for each multiply-add."""
     ops, of = torch.ops.lstmfused, flop_counter.register_flop_formula
@@ -119,6 +135,7 @@ def register(flop_counter: Any) -> None:
     of(ops.lstm_cell_gradients)(gradients)
     of(ops.lstm_cell_tangents)(tangents)
     of(ops.lstm_cell_packed)(packed)
+    of(ops.lstm_layer_packed)(packed_layer)
 
 
 # Other counters take a multiply-add for one.

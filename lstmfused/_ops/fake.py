@@ -103,6 +103,26 @@ def _fake_layer(
     return input.new_empty(T, B, H), input.new_empty(B, H), cell.new_empty(B, H), every
 
 
+def _fake_layer_packed(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = input_size, hidden_size, format
+    _C.check_lstm_layer_packed(input, hx, cx, weight, bias, scale, mask, *sizes)
+    T, B, _ = input.shape
+    h, c = (input.new_empty(B, hidden_size) for _ in range(2))
+    return input.new_empty(T, B, hidden_size), h, c
+
+
 def _fake_layer_forward(
     input: Tensor, hx: Tensor, cx: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,3 +161,4 @@ torch.library.register_fake("lstmfused::lstm_cell_packed", _fake_packed)
 torch.library.register_fake("lstmfused::lstm_layer", _fake_layer)
 torch.library.register_fake("lstmfused::lstm_layer_forward", _fake_layer_forward)
 torch.library.register_fake("lstmfused::lstm_layer_backward", _fake_layer_backward)
+torch.library.register_fake("lstmfused::lstm_layer_packed", _fake_layer_packed)

@@ -39,7 +39,7 @@ def _has_kernel(input: Tensor, c: Tensor, projected: bool) -> bool:
     return False
 
 
-def _scripted_direction(
+def _scripted_run(
     kernel: bool,
     input: Tensor,
     h: Tensor | None,
@@ -59,8 +59,8 @@ def _scripted_direction(
     return output, h_n, c_n, cells
 
 
-@scripted_as(_scripted_direction)
-def _direction(
+@scripted_as(_scripted_run)
+def _run(
     kernel: bool,
     input: Tensor,
     h: Tensor | None,
@@ -74,12 +74,74 @@ def _direction(
     reverse: bool,
     cell_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One direction of one layer over (T, B, I)."""
     if kernel:
         run = torch.ops.lstmfused.lstm_layer if is_dynamo_compiling() else _C.lstm_layer
         return run(input, h, c, w_ih, w_hh, b_ih, b_hh, mask, reverse, cell_states)
     return reference.lstm_layer(
         input, h, c, w_ih, w_hh, b_ih, b_hh, mask, reverse, cell_states, w_hr
+    )
+
+
+def _scripted_run_packed(
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    input_size: int,
+    hidden_size: int,
+    format: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, h_n, c_n = torch.ops.lstmfused.lstm_layer_packed(
+        input, h, c, weight, bias, scale, mask, input_size, hidden_size, format, reverse
+    )
+    return output, h_n, c_n
+
+
+@scripted_as(_scripted_run_packed)
+def _run_packed(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    compiling = is_dynamo_compiling()
+    run = torch.ops.lstmfused.lstm_layer_packed if compiling else _C.lstm_layer_packed
+    return run(*given)
+
+
+def _direction(
+    kernel: bool,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: list[Tensor],
+    has_biases: bool,
+    projected: bool,
+    packed: tuple[int, int, int] | None,
+    mask: Tensor | None,
+    reverse: bool,
+    cell_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer over (T, B, I)."""
+    if packed is not None:
+        I, H, format = packed
+        scale = params[2] if len(params) > 2 else None
+        output, h_n, c_n = _run_packed(
+            input, h, c, params[0], params[1], scale, mask, I, H, format, reverse
+        )
+        return output, h_n, c_n, output
+    return _run(
+        kernel,
+        input,
+        h,
+        c,
+        params[0],
+        params[1],
+        params[2] if has_biases else None,
+        params[3] if has_biases else None,
+        params[-1] if projected else None,
+        mask,
+        reverse,
+        cell_states,
     )
 
 
@@ -159,6 +221,7 @@ def _layers(
     dropout: float,
     masks: list[Tensor | None],
     cell_states: bool,
+    packed: tuple[int, int, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All layers over (T, B, I), with a mask for each direction."""
     size = len(params) // (num_layers * len(masks))
@@ -178,11 +241,10 @@ def _layers(
                 x,
                 None if h is None else first_h[k],
                 None if c is None else first_c[k],
-                params[at],
-                params[at + 1],
-                params[at + 2] if has_biases else None,
-                params[at + 3] if has_biases else None,
-                params[at + size - 1] if projected else None,
+                params[at : at + size],
+                has_biases,
+                projected,
+                packed,
                 mask,
                 direction == 1,
                 cell_states and layer == num_layers - 1,
@@ -192,6 +254,8 @@ def _layers(
             h_n.append(h_k)
             c_n.append(c_k)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        if packed is not None:
+            packed = packed[1] * len(masks), packed[1], packed[2]
         if dropout > 0 and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
     if len(h_n) == 1:  # views, which cost less than copies
@@ -213,15 +277,24 @@ def _of_tensor(
     reset: Tensor | None,
     lengths: Tensor | None,
     cell_states: bool,
+    packed: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`output`, `h_n`, `c_n` and, where asked for, `cell_states`."""
+    """`output`, `h_n`, `c_n` and, where asked for, `cell_states`.
+
+    Of packed layers the input size, the units and the format are given, and for each layer and
+    direction weight, bias and perhaps scale.
+    """
     batched = input.dim() == 3
     if not batched and input.dim() != 2:
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     states = num_layers * (2 if bidirectional else 1)
-    projected = _is_projected(params, has_biases, states)
     x = _steps_first(input, batched, batch_first)
-    T, B, H_out, H = x.shape[0], x.shape[1], params[1].shape[1], params[1].shape[0] // 4
+    T, B = x.shape[0], x.shape[1]
+    if packed is not None:
+        projected, H, H_out = False, packed[1], packed[1]
+    else:
+        projected = _is_projected(params, has_biases, states)
+        H, H_out = params[1].shape[0] // 4, params[1].shape[1]
     h: Tensor | None = None
     c: Tensor | None = None
     if hx is not None:
@@ -242,7 +315,7 @@ def _of_tensor(
         _check_lengths(lengths, T)
     masks, past = _masks(x, reset, lengths, bidirectional)
 
-    kernel = _has_kernel(x, x if c is None else c, projected)
+    kernel = packed is not None or _has_kernel(x, x if c is None else c, projected)
     if not kernel and masks[0] is None and not cell_states:
         if h is None or c is None:
             h, c = _zeros(x, states, B, params)
@@ -253,7 +326,18 @@ def _of_tensor(
     else:
         drop = dropout if train else 0.0
         output, h_n, c_n, cells = _layers(
-            kernel, x, h, c, params, has_biases, projected, num_layers, drop, masks, cell_states
+            kernel,
+            x,
+            h,
+            c,
+            params,
+            has_biases,
+            projected,
+            num_layers,
+            drop,
+            masks,
+            cell_states,
+            packed,
         )
     if past is not None:
         past = past.unsqueeze(2)
@@ -276,18 +360,20 @@ def _of_packed(
     train: bool,
     bidirectional: bool,
     cell_states: bool,
+    packed: tuple[int, int, int] | None = None,
 ) -> tuple[PackedSequence, Tensor, Tensor, PackedSequence]:
     data, batch_sizes, sorted_indices, unsorted_indices = input
     if hx is not None and sorted_indices is not None:
         hx = hx[0].index_select(1, sorted_indices), hx[1].index_select(1, sorted_indices)
     options = has_biases, num_layers, dropout, train, bidirectional
     states = num_layers * (2 if bidirectional else 1)
-    projected = _is_projected(params, has_biases, states)
-    kernel = _has_kernel(data, data if hx is None else hx[1], projected)
+    kernel = packed is not None or _has_kernel(
+        data, data if hx is None else hx[1], _is_projected(params, has_biases, states)
+    )
     if kernel or cell_states:
         padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
         output, h_n, c_n, cells = _of_tensor(
-            padded, hx, params, *options, False, None, lengths, cell_states
+            padded, hx, params, *options, False, None, lengths, cell_states, packed
         )
         output, cells = (pack_padded_sequence(t, lengths).data for t in (output, cells))
     else:
@@ -405,6 +491,25 @@ def lstm(
             lengths=lengths,
             return_cell_states=return_cell_states,
         )
+    return _lstm(input, hx, params, *options, batch_first, reset, lengths, return_cell_states)
+
+
+def _lstm(
+    input: Any,
+    hx: tuple[Tensor, Tensor] | None,
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    reset: Any,
+    lengths: Any,
+    return_cell_states: bool,
+    packed: tuple[int, int, int] | None = None,
+) -> Any:
+    options = has_biases, num_layers, dropout, train, bidirectional
     if hx is not None:
         hx = hx if type(hx) is tuple and len(hx) == 2 else pair(hx, "lstm", STATE)
         if not (isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor)):
@@ -415,14 +520,75 @@ def lstm(
     if isinstance(input, PackedSequence):
         if reset is not None or lengths is not None:
             raise ValueError("lstm: a PackedSequence takes neither reset nor lengths: pad it")
-        found: Any = _of_packed(input, hx, params, *options, return_cell_states)
+        found: Any = _of_packed(input, hx, params, *options, return_cell_states, packed)
     else:
         if reset is not None and not isinstance(reset, Tensor):
             reset = torch.as_tensor(reset)
         if lengths is not None and not isinstance(lengths, Tensor):
             lengths = torch.as_tensor(lengths)
         found = _of_tensor(
-            input, hx, params, *options, batch_first, reset, lengths, return_cell_states
+            input, hx, params, *options, batch_first, reset, lengths, return_cell_states, packed
         )
     output, h_n, c_n, cells = found
     return (output, (h_n, c_n), cells) if return_cell_states else (output, (h_n, c_n))
+
+
+def _scripted_packed(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: list[Tensor],
+    packed: tuple[int, int, int],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    output, h_n, c_n, _ = _of_tensor(
+        input,
+        hx,
+        params,
+        False,
+        num_layers,
+        0.0,
+        False,
+        bidirectional,
+        batch_first,
+        reset,
+        lengths,
+        False,
+        packed,
+    )
+    return output, (h_n, c_n)
+
+
+@scripted_as(_scripted_packed)
+def packed_lstm(
+    input: Any,
+    hx: tuple[Tensor, Tensor] | None,
+    params: list[Tensor],
+    packed: tuple[int, int, int],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    *,
+    reset: Any = None,
+    lengths: Any = None,
+) -> Any:
+    """The layers of :class:`lstmfused.PackedLSTM`; ``packed`` as :func:`_of_tensor` has it."""
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            packed_lstm,
+            (input,),
+            input,
+            hx,
+            params,
+            packed,
+            num_layers,
+            bidirectional,
+            batch_first,
+            reset=reset,
+            lengths=lengths,
+        )
+    options = False, num_layers, 0.0, False, bidirectional, batch_first
+    return _lstm(input, hx, params, *options, reset, lengths, False, packed)

@@ -3,6 +3,15 @@
 from .cell import LazyLSTMCell, LSTMCell
 from .convert import fuse_, unfuse_
 from .lstm import LSTM
-from .packed import PackedLSTMCell, pack
+from .packed import PackedLSTM, PackedLSTMCell, pack
 
-__all__ = ["LSTM", "LSTMCell", "LazyLSTMCell", "PackedLSTMCell", "fuse_", "pack", "unfuse_"]
+__all__ = [
+    "LSTM",
+    "LSTMCell",
+    "LazyLSTMCell",
+    "PackedLSTM",
+    "PackedLSTMCell",
+    "fuse_",
+    "pack",
+    "unfuse_",
+]

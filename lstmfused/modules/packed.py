@@ -1,4 +1,4 @@
-"""The cell for inference alone, from weights that are packed once."""
+"""Cell and layer for inference alone, from weights that are packed once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,46 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._integrations.script import scripted_as
 from .._ops import _C
 from ..functional import pair
+from ..functional.layer import packed_lstm
 from .cell import LazyLSTMCell, LSTMCell
+from .lstm import LSTM
+from .packing import FORMAT, check_packable, packed
 
-__all__ = ["PackedLSTMCell", "pack"]
+__all__ = ["PackedLSTM", "PackedLSTMCell", "pack"]
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-UNITS, MULTIPLE, FORMAT = _C.packed_units, _C.packed_multiple, _C.packed_format
+
+class _Packed(nn.Module):
+    format: int
+    training: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.format = FORMAT
+        self.training = False
+
+    def get_extra_state(self) -> Tensor:
+        """The format of the packed weights, which is saved with them."""
+        return torch.tensor(self.format)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if int(state) != FORMAT:
+            raise ValueError(
+                f"expected weights packed in format {FORMAT}, got format {int(state)}: pack the "
+                "model they were made from again"
+            )
+
+    def train(self, mode: bool = True) -> Any:
+        """Stays in evaluation mode, whatever the model around it does."""
+        return super().train(False)
+
+    def _register(self, parts: Any, suffix: str) -> None:
+        for name, part in parts._asdict().items():
+            self.register_buffer(name + suffix, part)
 
 
 def _scripted(
@@ -44,7 +72,7 @@ def _scripted(
     return next_h, next_c
 
 
-class PackedLSTMCell(nn.Module):
+class PackedLSTMCell(_Packed):
     r"""An LSTM cell for inference on CPU, with weights packed for its kernel when it is made.
 
     It computes what the cell it was made from computes now: later changes of that cell do not
@@ -90,24 +118,13 @@ class PackedLSTMCell(nn.Module):
 
     def __init__(self, cell: nn.LSTMCell, weight_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        weight, bias = _rows(cell)
-        if weight_dtype not in WEIGHT_DTYPES:
-            raise ValueError(
-                f"expected weight_dtype to be one of {WEIGHT_DTYPES}, got {weight_dtype}"
+        if not isinstance(cell, nn.LSTMCell):
+            raise TypeError(
+                f"expected an nn.LSTMCell or lstmfused.LSTMCell, got {type(cell).__name__}"
             )
-        scale = None
-        if weight_dtype == torch.int8:
-            largest = pad(weight.abs(), (1, 0)).amax(1, keepdim=True)  # also where I + H is 0
-            if not largest.isfinite().all():
-                raise ValueError("weights that are not finite cannot be packed to int8")
-            scale = largest / 127
-            weight = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        check_packable(cell, "cell", ["weight_ih", "weight_hh"])
         self.input_size, self.hidden_size = cell.input_size, cell.hidden_size
-        self.format = FORMAT
-        self.register_buffer("weight", _packed(weight.to(weight_dtype)))
-        self.register_buffer("bias", _packed(bias))
-        self.register_buffer("scale", None if scale is None else _packed(scale))
-        self.training = False
+        self._register(packed(cell, "", weight_dtype), "")
 
     @scripted_as(_scripted)
     def forward(
@@ -129,118 +146,181 @@ class PackedLSTMCell(nn.Module):
         shape = (self.hidden_size,) if batch_size is None else (batch_size, self.hidden_size)
         return self.bias.new_zeros(shape), self.bias.new_zeros(shape)
 
-    def get_extra_state(self) -> Tensor:
-        """The format of the packed weights, which is saved with them."""
-        return torch.tensor(self.format)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if int(state) != FORMAT:
-            raise ValueError(
-                f"expected weights packed in format {FORMAT}, got format {int(state)}: pack the "
-                "model they were made from again"
-            )
-
-    def train(self, mode: bool = True) -> PackedLSTMCell:
-        """Stays in evaluation mode, whatever the model around it does."""
-        return super().train(False)
-
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, weight_dtype={self.weight.dtype}"
 
 
+def _scripted_layer(
+    self: PackedLSTM,
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    params: list[Tensor] = []
+    for _, buffer in self.named_buffers():
+        params.append(buffer)
+    result: tuple[Tensor, tuple[Tensor, Tensor]] = packed_lstm(
+        input,
+        hx,
+        params,
+        (self.input_size, self.hidden_size, self.format),
+        self.num_layers,
+        self.bidirectional,
+        self.batch_first,
+        reset=reset,
+        lengths=lengths,
+    )
+    return result
+
+
+class PackedLSTM(_Packed):
+    r"""LSTM layers for inference on CPU, with weights packed for their kernel when they are made.
+
+    They compute what the layer they were made from computes now in evaluation mode, that is without
+    dropout; :class:`PackedLSTMCell` says what holds for its weights, too.
+
+    Args:
+        layer: a :class:`torch.nn.LSTM` or :class:`LSTM` of float32 parameters on CPU, without
+            projections.
+        weight_dtype: float32, bfloat16 or int8.
+
+    Shape:
+        - input: float32, (T, B, I), with ``batch_first`` (B, T, I), without a batch (T, I), or a
+          :class:`~torch.nn.utils.rnn.PackedSequence`.
+        - hx: the state ``(h, c)``, each float32, (layers * D, B, H) or (layers * D, H); ``None`` is
+          a state of zeros.
+        - reset: bool, (T, B), with ``batch_first`` (B, T), or (T), as :class:`LSTM` takes it.
+        - lengths: integers, (B), or one without a batch, as :class:`LSTM` takes them.
+        - returns ``output, (h, c)``: (T, B, D * H) or as the input has it, and states like ``hx``.
+
+    Attributes:
+        format: of the packed weights; others than this version's raise an error.
+        weight_l0: packed, flat, of ``weight_dtype``: all of `weight_ih_l0` and `weight_hh_l0`; so
+            for each layer and direction, as in ``weight_l1_reverse``.
+        bias_l0: packed, flat, float32: the sum of both biases, or zeros.
+        scale_l0: packed, flat, float32, by which sums over int8 weights are multiplied; else
+            ``None``.
+
+    Raises:
+        TypeError: ``layer`` is no LSTM layer; in a call, what :class:`LSTM` raises.
+        ValueError: it has parameters of another dtype or device, parametrized ones, projections or
+            hooks; or ``weight_dtype`` is none of the three; in a call, what :class:`LSTM` raises.
+        RuntimeError: in a call, shapes or dtypes do not fit; also where a gradient is asked for.
+
+    Example::
+
+        >>> packed = PackedLSTM(nn.LSTM(10, 20, num_layers=2, bidirectional=True))
+        >>> output, (h, c) = packed(torch.randn(6, 3, 10))
+    """
+
+    def __init__(self, layer: nn.LSTM, weight_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if not isinstance(layer, nn.LSTM):
+            raise TypeError(f"expected an nn.LSTM or lstmfused.LSTM, got {type(layer).__name__}")
+        if layer.proj_size:
+            raise ValueError("a layer with projections, which proj_size asks for, is not packed")
+        self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
+        self.num_layers, self.bidirectional = layer.num_layers, layer.bidirectional
+        self.batch_first = layer.batch_first
+        suffixes = self._suffixes()
+        weights = [f"weight_{name}{suffix}" for suffix in suffixes for name in ("ih", "hh")]
+        check_packable(layer, "layer", weights)
+        for suffix in suffixes:
+            self._register(packed(layer, suffix, weight_dtype), suffix)
+
+    @scripted_as(_scripted_layer)
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        reset: Any = None,
+        lengths: Any = None,
+    ) -> Any:
+        b: dict[str, Any] = self._buffers
+        names = [name + s for s in self._suffixes() for name in ("weight", "bias", "scale")]
+        return packed_lstm(
+            input,
+            hx,
+            [b[name] for name in names if b[name] is not None],
+            (self.input_size, self.hidden_size, self.format),
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first,
+            reset=reset,
+            lengths=lengths,
+        )
+
+    def initial_state(self, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """A state ``(h, c)`` of zeros, as :meth:`LSTM.initial_state` has it."""
+        states = self.num_layers * (1 + self.bidirectional)
+        rows = (states,) if batch_size is None else (states, batch_size)
+        zeros: Any = self._buffers["bias_l0"]
+        zeros = zeros.new_zeros
+        return zeros(*rows, self.hidden_size), zeros(*rows, self.hidden_size)
+
+    def _suffixes(self) -> list[str]:
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{d}" for layer in range(self.num_layers) for d in directions]
+
+    def extra_repr(self) -> str:
+        said = [f"{self.input_size}, {self.hidden_size}"]
+        for name, usual in (("num_layers", 1), ("batch_first", False), ("bidirectional", False)):
+            if getattr(self, name) != usual:
+                said.append(f"{name}={getattr(self, name)}")
+        weight: Any = self._buffers["weight_l0"]
+        return ", ".join([*said, f"weight_dtype={weight.dtype}"])
+
+
 M = TypeVar("M", bound=nn.Module)
+KINDS: dict[type[nn.Module], Any] = {nn.LSTMCell: PackedLSTMCell, nn.LSTM: PackedLSTM}
 
 
 def pack(model: M, weight_dtype: torch.dtype = torch.float32) -> Any:
-    """A copy of ``model`` for inference on CPU, in which every LSTM cell is packed.
+    """A copy of ``model`` for inference on CPU, in which every LSTM cell and layer is packed.
 
-    Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`PackedLSTMCell`, one
-    that is used in several places one that is shared by them; everything else is deep-copied, and
-    all is in evaluation mode. ``model`` itself is not changed. Subclasses, which may compute
-    something else, are left as they are: a warning tells.
+    Every :class:`torch.nn.LSTMCell` and :class:`LSTMCell` becomes a :class:`PackedLSTMCell`, every
+    :class:`torch.nn.LSTM` and :class:`LSTM` a :class:`PackedLSTM`, one that is used in several
+    places one that is shared by them; everything else is deep-copied, and all is in evaluation
+    mode. ``model`` itself is not changed. Subclasses, which may compute something else, and layers
+    with projections are left as they are: a warning tells.
 
     Args:
-        model: any module, also a cell itself.
-        weight_dtype: of the cells' weights: float32, bfloat16 or int8, whose errors
+        model: any module, also a cell or a layer itself.
+        weight_dtype: of the packed weights: float32, bfloat16 or int8, whose errors
             :class:`PackedLSTMCell` tells.
 
     Returns:
-        The copy, of the type of ``model``, or a :class:`PackedLSTMCell` for a cell.
+        The copy, of the type of ``model``, or what a cell or a layer becomes.
 
     Raises:
-        ValueError: as :class:`PackedLSTMCell` does, for any of the cells.
+        ValueError: as :class:`PackedLSTMCell` and :class:`PackedLSTM` do, for any of the cells and
+            layers.
     """
-    packed: dict[int, Any] = {}
+    made: dict[int, Any] = {}
     left = []
     for name, module in model.named_modules():
-        if not _is_cell(module):
-            if isinstance(module, nn.LSTMCell):
-                left.append(f"{name or 'the model'} (a subclass, {type(module).__name__})")
+        kind = next((KINDS[plain] for plain in KINDS if isinstance(module, plain)), None)
+        if kind is None:
             continue
-        try:
-            packed[id(module)] = PackedLSTMCell(module, weight_dtype)
-        except ValueError as error:
-            raise ValueError(f"{name or 'model'}: {error}") from None
+        if not _is_plain(module):
+            left.append(f"{name or 'the model'} (a subclass, {type(module).__name__})")
+        elif isinstance(module, nn.LSTM) and module.proj_size:
+            left.append(f"{name or 'the model'} (it has projections)")
+        else:
+            try:
+                made[id(module)] = kind(module, weight_dtype)
+            except ValueError as error:
+                raise ValueError(f"{name or 'model'}: {error}") from None
     if left:
         warnings.warn(f"left as it is: {', '.join(left)}", stacklevel=2)
-    return copy.deepcopy(model, packed).eval()
+    return copy.deepcopy(model, made).eval()
 
 
-def _is_cell(module: nn.Module) -> bool:
-    """Whether ``module`` is an LSTM cell, be it parametrized or not yet initialized, and no
+def _is_plain(module: nn.Module) -> bool:
+    """Whether ``module``, an LSTM cell or layer, be it parametrized or not yet initialized, is no
     subclass that may do something else."""
     kind = type(module)
     if is_parametrized(module):
         kind = kind.__bases__[0]  # which the parametrization has subclassed
-    return kind in (nn.LSTMCell, LSTMCell, LazyLSTMCell)
-
-
-def _rows(cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
-    """``[weight_ih | weight_hh]`` (4H, I + H) and the sum of both biases (4H, 1)."""
-    if not isinstance(cell, nn.LSTMCell):
-        raise TypeError(f"expected an nn.LSTMCell or lstmfused.LSTMCell, got {type(cell).__name__}")
-    given = [cell._parameters.get(name) for name in ("weight_ih", "weight_hh")]
-    if not all(type(p) is nn.Parameter for p in given):
-        raise ValueError(
-            "expected a cell whose weights are plain parameters, but they are computed from others "
-            "or uninitialized: first remove the parametrization, or call the lazy cell"
-        )
-    if cell._forward_hooks or cell._forward_pre_hooks:
-        raise ValueError("the cell has forward hooks, which a packed cell would not run")
-    if "forward" in vars(cell):
-        raise ValueError(
-            "the cell's forward has been replaced on the instance: a packed cell would not run it"
-        )
-    for name, p in cell.named_parameters(recurse=False):
-        if p.dtype != torch.float32 or p.device.type != "cpu":
-            raise ValueError(
-                f"expected a cell of torch.float32 on cpu, but {name} is {p.dtype} on {p.device}"
-            )
-    with torch.no_grad():
-        weight = torch.cat([cell.weight_ih, cell.weight_hh], 1)
-        bias = cell.bias_ih + cell.bias_hh if cell.bias else weight.new_zeros(len(weight))
-    return weight, bias.unsqueeze(1)
-
-
-def _packed(rows: Tensor) -> Tensor:
-    """(4H, K), gate by gate -> flat: for each block of units (K, 4, units), the last one filled up
-    with zeros."""
-    units, depth = rows.shape[0] // 4, rows.shape[1]
-    gates = pad(rows.view(4, units, depth), (0, 0, 0, -units % MULTIPLE))
-    return torch.cat([block.permute(2, 0, 1).flatten() for block in gates.split(UNITS, 1)])
-
-
-def unpacked(packed: Tensor, units: int) -> Tensor:
-    """The way back from :func:`_packed`: flat -> (4H, K)."""
-    filled = units + -units % MULTIPLE
-    depth = len(packed) // (4 * filled) if filled else 0
-    whole, rest = divmod(filled, UNITS)
-    blocks, last = packed.split([4 * depth * UNITS * whole, 4 * depth * rest])
-    gates = torch.cat(
-        [
-            blocks.view(whole, depth, 4, UNITS).permute(2, 0, 3, 1).reshape(4, -1, depth),
-            last.view(depth, 4, rest).permute(1, 2, 0),
-        ],
-        1,
-    )
-    return gates[:, :units].reshape(4 * units, depth)
+    return kind in (nn.LSTMCell, LSTMCell, LazyLSTMCell, nn.LSTM, LSTM)
