@@ -96,7 +96,7 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
         const bool last = k == s.T - 1;
         T* const grad_hx = last ? all.grad_hx : flip[k % 2];
         T* const grad_cx = last ? all.grad_cx : out<T>(cell_grads);
-        const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
+        const RowMask* mask = mask_of(s, t);
         const Rows taken = taken_rows(mask, s.B);
         const auto run = [&](Rows rows, bool multiply) {
           if (rows.begin == rows.end) return;

@@ -42,6 +42,14 @@ void each_chunk(const Steps& s, int64_t most, const Body& body) {
 struct Rows {
   int64_t begin, end;
 };
+inline bool has(RowMask what, const RowMask* mask, int64_t rows) {
+  return mask && std::memchr(mask, int(what), rows);
+}
+// Of the step at time t; null where no row is reset or skipped, which takes less time.
+inline const RowMask* mask_of(const Steps& s, int64_t t) {
+  const RowMask* const mask = s.mask ? s.mask + t * s.B : nullptr;
+  return has(RowMask::kReset, mask, s.B) || has(RowMask::kSkip, mask, s.B) ? mask : nullptr;
+}
 // The rows that a step does not skip lie within these.
 inline Rows taken_rows(const RowMask* mask, int64_t B) {
   if (!mask) return {0, B};
@@ -49,9 +57,6 @@ inline Rows taken_rows(const RowMask* mask, int64_t B) {
   while (rows.begin < B && mask[rows.begin] == RowMask::kSkip) rows.begin++;
   while (rows.end > rows.begin && mask[rows.end - 1] == RowMask::kSkip) rows.end--;
   return rows;
-}
-inline bool has(RowMask what, const RowMask* mask, int64_t rows) {
-  return mask && std::memchr(mask, int(what), rows);
 }
 
 // A buffer of states, whose type is T or, of a wide cell state, another one.
@@ -175,7 +180,7 @@ void take_steps(const Steps& s, const Step<T>& given, bool joint, const Tensor& 
       }
       for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
         const int64_t t = s.time(k), before = s.before(t) * s.states(), after = s.after(t) * s.states();
-        const RowMask* mask = s.mask ? s.mask + t * s.B : nullptr;
+        const RowMask* mask = mask_of(s, t);
         const Rows taken = taken_rows(mask, s.B);
         for (const Rows skipped : {Rows{0, taken.begin}, Rows{taken.end, s.B}}) {
           const int64_t at = skipped.begin * s.H, count = (skipped.end - skipped.begin) * s.H;

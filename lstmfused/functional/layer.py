@@ -264,6 +264,17 @@ def _layers(
     return x, torch.stack(h_n), torch.stack(c_n), every
 
 
+def _scripted_zeroed(output: Tensor, past: Tensor) -> Tensor:
+    return output.masked_fill(past, 0)
+
+
+@scripted_as(_scripted_zeroed)
+def _zeroed(output: Tensor, past: Tensor) -> Tensor:
+    # In place where no graph has seen it: neither backward's nor a tracer's.
+    seen = output.requires_grad or torch.jit.is_tracing()
+    return output.masked_fill(past, 0) if seen else output.masked_fill_(past, 0)
+
+
 def _of_tensor(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -341,8 +352,8 @@ def _of_tensor(
         )
     if past is not None:
         past = past.unsqueeze(2)
-        output = output.masked_fill(past, 0)
-        cells = cells.masked_fill(past, 0) if cell_states else cells
+        output = _zeroed(output, past)
+        cells = _zeroed(cells, past) if cell_states else cells
     output = _as_given(output, batched, batch_first)
     cells = _as_given(cells, batched, batch_first) if cell_states else cells
     if not batched:
