@@ -271,8 +271,10 @@ def _scripted_zeroed(output: Tensor, past: Tensor) -> Tensor:
 @scripted_as(_scripted_zeroed)
 def _zeroed(output: Tensor, past: Tensor) -> Tensor:
     # In place where no graph has seen it: neither backward's nor a tracer's.
-    seen = output.requires_grad or torch.jit.is_tracing()
-    return output.masked_fill(past, 0) if seen else output.masked_fill_(past, 0)
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or output.requires_grad:
+        return output.masked_fill(past, 0)
+    return output.masked_fill_(past, 0)
 
 
 def _of_tensor(
