@@ -120,7 +120,8 @@ def _fake_layer_packed(
     _C.check_lstm_layer_packed(input, hx, cx, weight, bias, scale, mask, *sizes)
     T, B, _ = input.shape
     h, c = (input.new_empty(B, hidden_size) for _ in range(2))
-    return input.new_empty(T, B, hidden_size), h, c
+    states = input.new_empty(T + 1, B, hidden_size)
+    return states.narrow(0, 0 if reverse else 1, T), h, c
 
 
 def _fake_layer_forward(

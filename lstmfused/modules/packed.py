@@ -23,9 +23,6 @@ __all__ = ["PackedLSTM", "PackedLSTMCell", "pack"]
 
 
 class _Packed(nn.Module):
-    format: int
-    training: bool
-
     def __init__(self) -> None:
         super().__init__()
         self.format = FORMAT
@@ -158,8 +155,9 @@ def _scripted_layer(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     params: list[Tensor] = []
-    for _, buffer in self.named_buffers():
-        params.append(buffer)
+    for _, buffer in self.named_buffers():  # a scale may be None
+        if buffer is not None:
+            params.append(buffer)
     result: tuple[Tensor, tuple[Tensor, Tensor]] = packed_lstm(
         input,
         hx,
