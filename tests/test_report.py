@@ -212,6 +212,7 @@ def test_every_committed_result_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         "full",
         "gpu",
         "gpu-compiled",
+        "layer",
         "second-order",
     ]
     for suite in suites:
