@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._integrations.script import scripted_as
 from .._ops import _C
-from ..functional import pair
+from ..functional.cell import pair
 from .cell import LazyLSTMCell, LSTMCell
 
 __all__ = ["PackedLSTMCell", "pack"]
