@@ -1,6 +1,6 @@
 """The step and the layer as functions."""
 
-from .cell import lstm_cell, pair
+from .cell import lstm_cell
 from .layer import lstm
 
-__all__ = ["lstm", "lstm_cell", "pair"]
+__all__ = ["lstm", "lstm_cell"]
