@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .._integrations.script import scripted_as
 from .._ops import _C
-from ..functional import pair
+from ..functional.cell import pair
 from ..functional.layer import packed_lstm
 from .cell import LazyLSTMCell, LSTMCell
 from .lstm import LSTM
