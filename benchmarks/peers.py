@@ -74,10 +74,10 @@ class Loop(nn.Module):
     def __init__(self, cell: nn.Module, problem: Problem) -> None:
         super().__init__()
         self.cell = cell
-        self.over_time = over_time(lambda x, h, c: self.cell(x, (h, c)), problem)
+        self.sequence = problem.reset, bool(problem.case.sequence)
 
     def forward(self, input: Tensor, hx: Pair) -> Pair:
-        return self.over_time(input, *hx)
+        return over_time(lambda x, h, c: self.cell(x, (h, c)), *self.sequence)(input, *hx)
 
 
 class Layer(nn.Module):

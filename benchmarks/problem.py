@@ -192,18 +192,18 @@ class Bound:
         return body
 
 
-def over_time(step: Step, problem: Problem) -> Step:
-    """Of a sequence (T,B,I): a step for each of its inputs. Of a layer h' is that of every step."""
+def over_time(step: Step, reset: Tensor | None = None, every: bool = False) -> Step:
+    """Of a sequence (T,B,I), a step for each of its inputs; h' of the last one, or of all."""
 
     def loop(x: Tensor, h: Tensor, c: Tensor) -> Pair:
-        every = []
+        states = []
         for t, now in enumerate(x.unbind()):
-            if problem.reset is not None:
-                kept = ~problem.reset[t, :, None]
+            if reset is not None:
+                kept = ~reset[t, :, None]
                 h, c = h * kept, c * kept
             h, c = step(now, h, c)
-            every.append(h)
-        return torch.stack(every) if problem.case.sequence else h, c
+            states.append(h)
+        return torch.stack(states) if every else h, c
 
     return loop
 
@@ -214,7 +214,8 @@ def formula(problem: Problem) -> Bound:
     def step(x: Tensor, h: Tensor, c: Tensor) -> Pair:
         return reference.lstm_cell(x, (h, c), *weights)
 
-    whole = over_time(step, problem) if problem.state[0].dim() == 3 else step
+    sequence = problem.reset, bool(problem.case.sequence)
+    whole = over_time(step, *sequence) if problem.state[0].dim() == 3 else step
     return Bound(problem, whole, lambda: whole(*problem.state))
 
 

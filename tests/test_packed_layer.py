@@ -508,6 +508,14 @@ def test_compile(dtype: torch.dtype) -> None:
         x, hx = sequence(packed, steps, rows), state(packed, rows)
         for masked in masks(packed, steps, rows):
             same(compiled(x, hx, **masked), packed(x, hx, **masked))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_raises() -> None:
+    packed = PackedLSTM(nn.LSTM(I, H))
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="inconsistent input_size"):
+        compiled(sequence(packed)[..., 1:], state(packed))
     with pytest.raises(Exception, match="computes no gradients"):
         compiled(sequence(packed).requires_grad_(), state(packed))
 
