@@ -166,6 +166,8 @@ def test_full_run(
 # What is computed
 
 
+# By torch itself, when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]*. is deprecated")
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in cases.MEMORY])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", ABLE)
