@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -119,7 +120,14 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     return table
 
 
-def register(_: Any) -> None:
-    """With the table that torch's ONNX exporter takes its decompositions from."""
-    for name, decomposition in DECOMPOSITIONS.items():
-        torch._decomp.register_decomposition(getattr(torch.ops.lstmfused, name))(decomposition)
+def register(exporter: Any) -> None:
+    """With the table that torch's ONNX exporter makes, not with torch's own: from that one symbolic
+    shapes would be computed, too, which a loop over the steps fixes."""
+    create = exporter.create_onnx_friendly_decomposition_table
+
+    @wraps(create)
+    def with_ours(*given: Any, **named: Any) -> Any:
+        ours = {k: v for k, v in decompositions().items() if k.namespace == "lstmfused"}
+        return {**create(*given, **named), **ours}
+
+    exporter.create_onnx_friendly_decomposition_table = with_ours
