@@ -115,9 +115,12 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
         >>> program = program.run_decompositions(lstmfused.decompositions())
     """
     table = torch.export.default_decompositions()
-    for name, decomposition in DECOMPOSITIONS.items():
-        table[getattr(torch.ops.lstmfused, name).default] = decomposition
+    table.update(_ours())
     return table
+
+
+def _ours() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
+    return {getattr(torch.ops.lstmfused, name).default: d for name, d in DECOMPOSITIONS.items()}
 
 
 def register(exporter: Any) -> None:
@@ -127,7 +130,6 @@ def register(exporter: Any) -> None:
 
     @wraps(create)
     def with_ours(*given: Any, **named: Any) -> Any:
-        ours = {k: v for k, v in decompositions().items() if k.namespace == "lstmfused"}
-        return {**create(*given, **named), **ours}
+        return {**create(*given, **named), **_ours()}
 
     exporter.create_onnx_friendly_decomposition_table = with_ours
