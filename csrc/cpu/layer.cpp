@@ -27,11 +27,12 @@ struct Weights {
           [[maybe_unused]] const Pool& pool)
       : kernels(given_kernels), given(weights) {
     if constexpr (std::is_same_v<T, float>) {
-      if (s.rows() < kPackedSequence || given.batch_invariant) return;
+      const bool both = joint(s, given.batch_invariant);
+      const int64_t quarters = both ? kPackedManyRows : kPackedFewRows;
+      if (4 * s.rows() < quarters * (s.I + s.H) || given.batch_invariant) return;
       const auto pack = [&](const float* weight, int64_t K, const Tensor& packed, int64_t begin) {
         cpu_kernels().pack({s.H, K, weight, K, 1, out<float>(packed), begin, packed.size(0)}, pool);
       };
-      const bool both = joint(s, given.batch_invariant);
       const int64_t units = packed_units(s.H);
       of_steps = empty_cpu({both ? s.I + s.H : s.H, 4 * units}, at::kFloat);
       of_inputs = both ? of_steps : empty_cpu({s.I, 4 * units}, at::kFloat);

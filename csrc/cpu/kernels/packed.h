@@ -16,8 +16,16 @@ constexpr int kStreams = kBlockVectors <= kPanel ? 4 : 1;  // blocks read side b
 // page's end: weights that stream from DRAM are prefetched one page ahead.
 template <class W, int Streams, bool FromDram>
 struct Blocks {
+  static constexpr int64_t kLine = 64 / sizeof(W);
+
   const W* at;
   int64_t stride, between;  // elements from one depth, one block to the next
+  const W* next = nullptr;
+  int64_t lines = 0;  // to prefetch from `next` on for each cache line of the left factor
+
+  LSTMFUSED_INLINED void prefetch_next() {
+    for (int64_t i = 0; i < lines; i++, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
 
   template <int V, int N>
   LSTMFUSED_INLINED Vec<float> vector(int v) const {
@@ -93,21 +101,29 @@ static void packed_streams(const Packed<W>& p, int64_t u0) {
     finish_rows<kPackedUnits>(p, 0, R, u0 + s * kPackedUnits, sums + s * kStride, kColumns);
 }
 
-// Any rows by one block of Width units.
+// Any rows by one block of Width units. Where no L2 holds the weights, each tile prefetches its share of
+// the next K-block: if the first rows fetched it, they would wait, and then nothing would be fetched.
 template <int Width, class W>
-static void packed_block(const Packed<W>& p, Range rows, int64_t u0) {
+static void packed_block(const Packed<W>& p, Range rows, int64_t u0, bool beyond_l2) {
+  using Right = Blocks<W, 1, false>;
   constexpr int N = kLanes<float>, kStride = 4 * Width;
+  constexpr int64_t kPrefetches = kKBlock / kPrefetchDepth<float>;  // of a tile
   alignas(64) float sums[kPackedRows * kStride + N];
-  const int64_t K = p.I + p.state_depth();
+  const int64_t K = p.I + p.state_depth(),
+                tiles = (kStride + kPanel * N - 1) / (kPanel * N) *
+                        ((rows.size + tile_rows(kPanel) - 1) / tile_rows(kPanel)),
+                lines = beyond_l2 ? kKBlock * kStride / Right::kLine / (kPrefetches * tiles) + 1 : 0;
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
+    const W* next = p.weight + 4 * u0 * K + (k + kKBlock) * kStride;
     const auto multiply = [&](auto V, int column) LSTMFUSED_INLINED {
       const W* weight = p.weight + 4 * u0 * K + k * kStride + column;
       each_tile<V.value>(rows.size, [&](auto R, int64_t row) {
         const Rows<float> input = block.input(p, rows.begin + row),
                           state = block.state(p, rows.begin + row);
         float* to = sums + row * kStride;
-        const Blocks<W, 1, false> right{weight, kStride, 0};
+        const Right right{weight, kStride, 0, next, lines};
+        next += kPrefetches * lines * Right::kLine;
         const Sums<float> out{to + column, kStride, V.value * N, k == 0, false, false};
         multiply_tile<R.value, V.value, false>(right, out, input, state);
         if (block.end == K && column + V.value * N == kStride)
@@ -155,17 +171,19 @@ static inline void pack(const Pack& p, const Pool& pool) {
 
 template <bool FromDram, class W>
 static void forward_packed_with(const Packed<W>& p, const Pool& pool) {
-  const int64_t whole = p.H / kPackedUnits, last = p.H % kPackedUnits != 0;
+  const int64_t whole = p.H / kPackedUnits, last = p.H % kPackedUnits != 0,
+                bytes = 4 * p.H * (p.I + p.state_depth()) * int64_t(sizeof(W));
   struct Context {
     const Packed<W>& p;
     int64_t whole, parts;  // whole blocks; parts of these, or of the batch
+    bool beyond_l2;
 
     void block(int64_t index, Range rows) const {
       const int64_t u0 = index * kPackedUnits, fours = (p.H - u0 + kPackedMultiple - 1) / kPackedMultiple;
       with_constant<kPackedUnits / kPackedMultiple>(
-          fours, [&](auto n) { packed_block<n.value * kPackedMultiple>(p, rows, u0); });
+          fours, [&](auto n) { packed_block<n.value * kPackedMultiple>(p, rows, u0, beyond_l2); });
     }
-  } context{p, whole, 1};
+  } context{p, whole, 1, 4 * bytes > 3 * pool.cache * pool.threads};
   const auto run = [&](int64_t tasks, auto task) {
     pool.run(tasks, (p.B + kWeightFetchWork) * (p.I + p.state_depth() + kEpilogueWork) * 4 * p.H, task,
              &context);

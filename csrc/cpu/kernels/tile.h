@@ -88,6 +88,8 @@ struct Right {
   const P* at;
   int64_t stride, columns;
 
+  void prefetch_next() const {}
+
   // v of V of N lanes
   template <int V, int N>
   LSTMFUSED_INLINED auto vector(int v) const {
@@ -105,6 +107,10 @@ struct Sums {
   bool prefetch;     // the sums are in memory: fetched while they are computed
 };
 
+// A cache line of the left factor, in numbers of the depth: so often is something prefetched.
+template <class A>
+constexpr int64_t kPrefetchDepth = 64 / int64_t(sizeof(A));
+
 // left may come in parts, one after the other along the depth. RightFactor is Right or like it; its numbers
 // are converted as they are loaded. Prefetch says whether sums.prefetch is looked at at all.
 template <int R, int V, bool Prefetch, class A, class RightFactor, class... Left>
@@ -119,9 +125,10 @@ LSTMFUSED_INLINE void multiply_tile(RightFactor right, Sums<A> sums, Left... lef
   A* next_sums = sums.at;
   A* const sums_end = sums.at + (Prefetch && sums.prefetch ? R * sums.stride : 0);
   const auto add = [&](auto rows) LSTMFUSED_INLINED {
-    constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+    constexpr int64_t kLine = kPrefetchDepth<A>;
     for (int64_t k = 0; k < rows.depth;) {
       rows.template prefetch_next<R>(k);  // spread out: a burst would delay this tile's loads
+      right.prefetch_next();
       if (Prefetch && next_sums < sums_end) {
         each_sum<1, V>([&](int, int v) LSTMFUSED_INLINED { __builtin_prefetch(next_sums + v * N, 1); });
         next_sums += sums.stride;

@@ -59,9 +59,10 @@ constexpr int64_t kEpilogueWork = 50;    // the epilogue's cost, in multiply-add
 constexpr int64_t kWeightFetchWork = 2;  // the cost of fetching a weight, in multiply-adds
 
 constexpr int64_t kPackWork = 8;  // the cost of packing a weight, in multiply-adds
-// Rows of all steps from which on packing the weights of a sequence pays; and rows of a step from which on
-// its input is multiplied with the state, rather than the input of many steps at once.
-constexpr int64_t kPackedSequence = 256, kJointRows = 24;
+// Rows of a step from which on its input is multiplied with the state, rather than the input of many steps
+// at once; and rows of all steps, in quarters of the depth, from which on packing a sequence's weights pays
+// where steps have fewer or more rows than that.
+constexpr int64_t kJointRows = 24, kPackedFewRows = 1, kPackedManyRows = 8;
 constexpr int kPackedRows = 256;  // rows of a task at most: its scratch holds their sums
 
 // ---------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ constexpr int64_t kTlbBytes = 8 << 20;
 constexpr int64_t kWorkPerThread = 100'000;  // multiply-adds: less is done sooner by one thread alone
 // The same within a sequence, whose threads wait for one another's step already; and how often they look
 // before they let others run.
-constexpr int64_t kWorkPerTeammate = 25'000, kSpins = 512;
+constexpr int64_t kWorkPerTeammate = 80'000, kSpins = 512;
 constexpr int64_t kHugePageTensor = 4 << 20;      // bytes of a tensor that asks for huge pages
 constexpr int64_t kHugePageAlignment = 64 << 10;  // bytes: whole pages wherever these are no larger
 
