@@ -139,6 +139,8 @@ struct Backward {
   const T* next_grad_h = nullptr;
   const T* next_grad_c = nullptr;
   bool accumulate = false;  // add to the gradients of weights and biases; where T holds sums
+  // The gradients of weights are (I, 4H) and (H, 4H), as Keras has them; where T holds sums.
+  bool transposed = false;
 };
 
 // The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums

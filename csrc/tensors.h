@@ -20,6 +20,11 @@ inline MaybeOwned contiguous(const Tensor& tensor) { return tensor.expect_contig
 inline MaybeOwned rows(const OptionalTensor& tensor) {
   return tensor && tensor->defined() ? rows(*tensor) : MaybeOwned();
 }
+// Whether a matrix is a contiguous one transposed, as weights are that come from Keras: (I, 4H) there.
+inline bool is_transposed(const Tensor& matrix) {
+  return !matrix.is_contiguous() && matrix.stride(0) == 1 && matrix.stride(1) == matrix.size(0);
+}
+
 inline MaybeOwned contiguous(const OptionalTensor& tensor) {
   return tensor && tensor->defined() ? contiguous(*tensor) : MaybeOwned();
 }

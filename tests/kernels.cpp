@@ -448,6 +448,14 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] const Pa
     check("masked grad_bias_hh", out_bias, biases, double(B * times), B, 0, H);
     products.accumulate = true;
   }
+  if (!std::is_same_v<T, A>) return;
+  products.accumulate = false;
+  products.transposed = true;
+  kernels.backward(products, pool);
+  vector<double> transposed(H * G);
+  for (int64_t row = 0; row < G; row++)
+    for (int64_t k = 0; k < H; k++) transposed[k * G + row] = dw[row * H + k];
+  check("transposed grad_weight_hh", out_weight, transposed, double(B), B, 0, H);
 }
 
 // From packed weights: those of lstm.h, packed here once more. scale is what int8 weights are multiplied

@@ -357,3 +357,33 @@ def test_initial_state(options: dict[str, Any]) -> None:
         x = sequence(fused, rows=rows).double()
         given, absent = leaves(fused(x, fused.initial_state(rows))), leaves(fused(x))
         assert all(map(torch.equal, given, absent))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_transposed_weights(dtype: torch.dtype, reverse: bool, masked: bool) -> None:
+    """Weights that lie as Keras has them, (I, 4H) and (H, 4H), and gradients that do, too."""
+    operator = torch.ops.lstmfused.lstm_layer
+    for T, B, I, H in ((1, 1, 3, 5), (4, 3, 1, 1), (7, 2, 5, 17), (3, 40, 20, 33), (0, 2, 3, 5)):
+        plain = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H)]
+        mask = torch.randint(0, 3, (T, B), dtype=torch.uint8) if masked else None
+        x, w = torch.randn(T, B, I).to(dtype), torch.randn(T, B, H).to(dtype)
+        found = []
+        for transposed in (False, True):
+            weights = [t.mT.contiguous().mT if transposed else t for t in plain[:2]]
+            given = [x.clone(), *(t.to(dtype) for t in [*weights, plain[2]])]
+            given = [t.requires_grad_() for t in given]
+            arguments = given[0], None, None, *given[1:], None, mask, reverse, False
+            out, h, c, _ = operator(*arguments)
+            loss = (out * w).sum() + (h * c).sum()
+            grads = torch.autograd.grad(loss, given)
+            given = [t.detach() for t in given]
+            out, h, c = (t.detach() for t in (out, h, c))
+            if dtype != torch.bfloat16:
+                assert [t.stride() for t in grads[1:3]] == [t.stride() for t in given[1:3]]
+            found.append([out, h, c, *grads])
+        bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+        for got, want in zip(found[1], found[0], strict=True):
+            scale = max(want.abs().max().item(), 1) if want.numel() else 1
+            torch.testing.assert_close(got, want, rtol=0, atol=bound * scale)

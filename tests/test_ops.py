@@ -63,6 +63,26 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
                     torch.library.opcheck(op.default, (*grads, *given[2:], mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_opcheck_layer(dtype: torch.dtype, reverse: bool) -> None:
+    for T, B in ((3, 2), (1, 1), (2, 0)):
+        x, h, c, *weights = random_arguments(B, I, H, dtype)
+        x, mask = torch.randn(T, B, I, dtype=dtype), torch.randint(0, 2, (T, B)).to(torch.uint8)
+        transposed: list[Any] = [t.mT.contiguous().mT for t in weights[:2] if t is not None]
+        for given in (weights, [*transposed, weights[2], None]):
+            for row_mask in (None, mask):
+                arguments = [x, h, c, *given, row_mask, reverse]
+                torch.library.opcheck(ops.lstm_layer.default, (*arguments, True))
+                torch.library.opcheck(ops.lstm_layer_forward.default, tuple(arguments))
+                grad = torch.randn(T, B, H, dtype=dtype)
+                saved = ops.lstm_layer_forward(*arguments)
+                for wanted in ([True] * 7, [True, False] * 3 + [False]):
+                    known = [grad, None, c, None, x, *saved, *given[:2]]
+                    backward = ops.lstm_layer_backward.default
+                    torch.library.opcheck(backward, (*known, row_mask, reverse, wanted))
+
+
 def test_composite_compliance() -> None:
     """Any argument may be a tensor subclass that sees every operator inside, backward and in
     forward mode, too: torch's own check, over all subsets of arguments."""

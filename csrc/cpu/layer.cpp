@@ -23,27 +23,33 @@ struct Weights {
   const Forward<T>& given;
   Tensor of_inputs, of_steps, bias;
 
+  // Transposed ones have to be packed.
   Weights(const CellKernels<T>& given_kernels, const Steps& s, const Forward<T>& weights,
+          [[maybe_unused]] bool transposed_ih, [[maybe_unused]] bool transposed_hh,
           [[maybe_unused]] const Pool& pool)
       : kernels(given_kernels), given(weights) {
     if constexpr (std::is_same_v<T, float>) {
       const bool both = joint(s, given.batch_invariant);
       const int64_t quarters = both ? kPackedManyRows : kPackedFewRows;
-      if (4 * s.rows() < quarters * (s.I + s.H) || given.batch_invariant) return;
-      const auto pack = [&](const float* weight, int64_t K, const Tensor& packed, int64_t begin) {
-        cpu_kernels().pack({s.H, K, weight, K, 1, out<float>(packed), begin, packed.size(0)}, pool);
+      const bool few = 4 * s.rows() < quarters * (s.I + s.H) || given.batch_invariant;
+      if (few && !transposed_ih && !transposed_hh) return;
+      const auto pack = [&](const float* weight, int64_t K, bool transposed, const Tensor& packed,
+                            int64_t begin) {
+        const int64_t unit_stride = transposed ? 1 : K, depth_stride = transposed ? 4 * s.H : 1;
+        cpu_kernels().pack(
+            {s.H, K, weight, unit_stride, depth_stride, out<float>(packed), begin, packed.size(0)}, pool);
       };
       const int64_t units = packed_units(s.H);
       of_steps = empty_cpu({both ? s.I + s.H : s.H, 4 * units}, at::kFloat);
       of_inputs = both ? of_steps : empty_cpu({s.I, 4 * units}, at::kFloat);
-      pack(given.weight_ih, s.I, of_inputs, 0);
-      pack(given.weight_hh, s.H, of_steps, both ? s.I : 0);
+      pack(given.weight_ih, s.I, transposed_ih, of_inputs, 0);
+      pack(given.weight_hh, s.H, transposed_hh, of_steps, both ? s.I : 0);
       if (!given.bias_ih && !given.bias_hh) return;
       bias = empty_cpu({1, 4 * units}, at::kFloat);
       std::vector<float> sum(4 * s.H);
       for (int64_t i = 0; i < 4 * s.H; i++)
         sum[i] = (given.bias_ih ? given.bias_ih[i] : 0) + (given.bias_hh ? given.bias_hh[i] : 0);
-      pack(sum.data(), 1, bias, 0);
+      pack(sum.data(), 1, false, bias, 0);
     }
   }
 
@@ -173,12 +179,18 @@ struct Layer {
         const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& row_masks,
         bool reverse)
       : input((check_layer(x, hx, cx, w_ih, w_hh, b_ih, b_hh, row_masks), x)) {
-    weight_ih = contiguous(w_ih);
-    weight_hh = contiguous(w_hh);
+    weight_ih = packable(w_ih);
+    weight_hh = packable(w_hh);
     bias_ih = contiguous(b_ih);
     bias_hh = contiguous(b_hh);
     mask = contiguous(row_masks);
     steps = {x.size(0), x.size(1), x.size(2), hx.size(1), reverse, row_mask(*mask)};
+  }
+
+  // As it is where packing reads it so.
+  static MaybeOwned packable(const Tensor& weight) {
+    const bool as_it_is = weight.scalar_type() == at::kFloat && !batch_invariant() && is_transposed(weight);
+    return as_it_is ? MaybeOwned::borrowed(weight) : contiguous(weight);
   }
 
   void run(const Tensor& hx, const Tensor& cx, const Tensor& hidden, const Tensor& cells,
@@ -197,7 +209,10 @@ struct Layer {
       given.bias_hh = in<T>(*bias_hh);
       given.batch_invariant = batch_invariant();
       take_steps<T>(steps, given, joint(steps, given.batch_invariant), hx, cx, hidden, cells, gates,
-                    [&](const Pool& pool) { return Weights<T>(kernels, steps, given, pool); });
+                    [&](const Pool& pool) {
+                      return Weights<T>(kernels, steps, given, is_transposed(*weight_ih),
+                                        is_transposed(*weight_hh), pool);
+                    });
     });
   }
 };
@@ -239,17 +254,23 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
                 I = input       ? input->size(2)
                     : weight_ih ? weight_ih->size(1)
                                 : 0;
+  const at::ScalarType dtype = hidden.scalar_type();
   const OutputGradients grads{contiguous(grad_output), contiguous(grad_h), contiguous(grad_c),
                               contiguous(grad_cells)};
   const std::optional<Inputs> x = input ? std::optional<Inputs>(*input) : std::nullopt;
   const MaybeOwned w_ih = contiguous(weight_ih), w_hh = contiguous(weight_hh), states = contiguous(hidden),
                    cell = contiguous(cells), gate = contiguous(gates), masks = contiguous(mask);
   const Steps steps{T, B, I, H, reverse, row_mask(*masks)};
+  // The gradients of weights lie as these do, where sums are formed in them.
+  const bool transposed = is_transposed(weight_hh) && at::toOpMathType(dtype) == dtype;
   const auto gradient = [&](int index, at::IntArrayRef shape) {
-    const Tensor tensor = empty_cpu(wanted[index] ? shape : at::IntArrayRef{0},
-                                    (index == kCx ? cells : hidden).scalar_type());
+    const bool columns = transposed && (index == kWeightIh || index == kWeightHh);
+    const Tensor tensor = empty_cpu(!wanted[index] ? at::IntArrayRef{0}
+                                    : columns      ? at::IntArrayRef{shape[1], shape[0]}
+                                                   : shape,
+                                    index == kCx ? cells.scalar_type() : dtype);
     if (!steps.rows() || !H) set_zero(tensor);
-    return tensor;
+    return columns && wanted[index] ? tensor.t() : tensor;
   };
   const Gradients gradients{gradient(0, {T, B, I}),  gradient(1, {B, H}),     gradient(2, {B, H}),
                             gradient(3, {4 * H, I}), gradient(4, {4 * H, H}), gradient(5, {4 * H}),
@@ -261,7 +282,7 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     if (wanted[kCx] && grad_c) grad_cx.copy_(*grad_c);
     return gradients;
   }
-  with_kernels(hidden.scalar_type(), [&](const auto& kernels) {
+  with_kernels(dtype, [&](const auto& kernels) {
     using E = typename std::decay_t<decltype(kernels)>::dtype;
     Backward<E> all{};
     all.I = I;
@@ -278,7 +299,8 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     all.grad_weight_hh = out<E>(grad_weight_hh);
     all.grad_bias_ih = out<E>(grad_bias_ih);
     all.grad_bias_hh = out<E>(grad_bias_hh);
-    all.wide_cell = cells.scalar_type() != hidden.scalar_type();
+    all.wide_cell = cells.scalar_type() != dtype;
+    all.transposed = transposed;
     backward(kernels, steps, grads, all, *states, *cell);
   });
   return gradients;

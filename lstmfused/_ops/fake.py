@@ -99,8 +99,14 @@ def _fake_layer(
     _C.check_lstm_layer(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, mask)
     (T, B, _), H = input.shape, weight_hh.shape[1]
     cell = input if cx is None else cx
-    every = cell.new_empty((T, B, H) if cell_states else (0,))
-    return input.new_empty(T, B, H), input.new_empty(B, H), cell.new_empty(B, H), every
+
+    def steps(like: Tensor) -> Tensor:  # on the CPU, a part of T + 1 states
+        if like.device.type != "cpu":
+            return like.new_empty(T, B, H)
+        return like.new_empty(T + 1, B, H).narrow(0, 0 if reverse else 1, T)
+
+    every = steps(cell) if cell_states else cell.new_empty(0)
+    return steps(input), input.new_empty(B, H), cell.new_empty(B, H), every
 
 
 def _fake_layer_packed(
@@ -151,7 +157,13 @@ def _fake_layer_backward(
     wide = input if input is not None else weight_ih
     (H, I) = hidden.shape[2], 0 if wide is None else wide.shape[-1]
     shapes = [(T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
-    return _wanted(shapes, output_mask, hidden, cells)
+    found = _wanted(shapes, output_mask, hidden, cells)
+    halves = hidden.dtype in (torch.bfloat16, torch.float16)
+    if halves or weight_hh.is_contiguous() or weight_hh.stride(0) != 1:
+        return found
+    # Weights that come transposed have such gradients.
+    grad_ih, grad_hh = (t.mT.contiguous().mT if t.dim() == 2 else t for t in found[3:5])
+    return *found[:3], grad_ih, grad_hh, *found[5:]
 
 
 torch.library.register_fake("lstmfused::lstm_cell", _fake_step)

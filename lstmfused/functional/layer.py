@@ -60,7 +60,7 @@ def _scripted_run(
 
 
 @scripted_as(_scripted_run)
-def _run(
+def run_layer(
     kernel: bool,
     input: Tensor,
     h: Tensor | None,
@@ -129,7 +129,7 @@ def _direction(
             input, h, c, params[0], params[1], scale, mask, I, H, format, reverse
         )
         return output, h_n, c_n, output
-    return _run(
+    return run_layer(
         kernel,
         input,
         h,

@@ -146,9 +146,13 @@ struct alignas(64) GradientTasks {
     return {{p.grad_gates, p.grad_gates_stride, 4 * p.H}, weight, N, rows, part.size, N, true};
   }
 
-  // (4H, N) = or += grad_gates^T @ from
+  // (4H, N) = or += grad_gates^T @ from; transposed, the same with the factors exchanged.
   Product<T, Columns<A>> of_weight_product(const T* from, int64_t stride, T* out, int64_t N) const {
     const T* const rows = out ? from + part.begin * stride : nullptr;
+    if constexpr (sizeof(T) == sizeof(A))
+      if (p.transposed)  // (N, 4H) = from^T @ grad_gates
+        return {
+            {rows, stride, part.size}, p.grad_gates, p.grad_gates_stride, out, N, 4 * p.H, !adds(p, part)};
     return {{p.grad_gates, p.grad_gates_stride, part.size}, rows, stride, out, 4 * p.H, N, !adds(p, part)};
   }
 
