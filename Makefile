@@ -1,4 +1,4 @@
-# make bench | make test | make kernels | make clients | make lint: each sets up all it needs, in .venv.
+# make bench | make test | make keras | make kernels | make clients | make lint: each sets up all it needs, in .venv.
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
 
-.PHONY: bench test kernels clients lint format readme clean
+.PHONY: bench test keras kernels clients lint format readme clean
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
@@ -17,6 +17,11 @@ bench: $(VENV)/built
 
 test: $(VENV)/built
 	$(PY) -m pytest -q -n auto --maxprocesses 8
+
+# The tests of Keras once more, with the oldest that is served.
+keras: $(VENV)/built
+	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/oldest-keras keras==3.10.0
+	PYTHONPATH=$(VENV)/oldest-keras $(PY) -m pytest -q tests/test_keras.py
 
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
 # qemu; CUDA's on an emulator, and their machine code where nvcc is.

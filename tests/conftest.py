@@ -1,9 +1,12 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 
 @pytest.fixture

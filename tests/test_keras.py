@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras", reason="the extra keras is not installed")
 
 import lstmfused.keras as fused  # noqa: E402
@@ -33,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     keras.utils.set_random_seed(0)
+    fused.disable()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -476,3 +476,55 @@ def test_kerass_own_tests(tmp_path: Any) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout
+
+
+# What `import lstmfused.keras` says where it cannot serve.
+
+
+def imported(folder: Path, source: str | None, backend: str = "torch") -> str:
+    """The last line of an import with another package in the place of Keras."""
+    (folder / "keras").mkdir()
+    (folder / "keras" / "__init__.py").write_text(source or "")
+    paths = [str(folder), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "KERAS_BACKEND": backend}
+    command = [sys.executable, "-c", "import lstmfused.keras"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr.splitlines()[-1]
+
+
+FAKE = """
+__version__ = "{version}"
+class backend:
+    backend = staticmethod(lambda: "{backend}")
+"""
+
+
+def test_import_without_keras(tmp_path: Path) -> None:
+    absent = "raise ModuleNotFoundError(\"No module named 'keras'\", name='keras')"
+    line = imported(tmp_path, absent)
+    assert line.endswith(
+        "ImportError: lstmfused.keras needs Keras on torch (No module named 'keras'): "
+        'pip install "lstmfused[keras]"'
+    )
+
+
+def test_import_with_an_absent_backend(tmp_path: Path) -> None:
+    line = imported(tmp_path, "import a_backend_that_is_not_there")
+    assert "No module named 'a_backend_that_is_not_there'" in line
+    assert line.endswith("set KERAS_BACKEND=torch before keras is imported")
+
+
+def test_import_with_another_backend(tmp_path: Path) -> None:
+    line = imported(tmp_path, FAKE.format(version="3.15.1", backend="jax"))
+    assert "here it runs on jax: set KERAS_BACKEND=torch" in line
+
+
+def test_import_with_an_old_keras(tmp_path: Path) -> None:
+    line = imported(tmp_path, FAKE.format(version="3.9.2", backend="torch"))
+    assert "needs Keras 3.10 or newer, and this is 3.9.2" in line
+
+
+def test_lstmfused_imports_no_keras() -> None:
+    command = "import lstmfused, sys; sys.exit('keras' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)

@@ -10,6 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras's variables
 def test_python_blocks_run() -> None:
     text = README.read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
-import keras
 import torch
 from keras import layers, ops, tree
 from torch import Tensor
@@ -16,14 +15,6 @@ from torch import Tensor
 from . import steps
 
 __all__ = ["Line", "Report", "disable", "enable", "fuse", "report", "unfuse"]
-
-if keras.backend.backend() != "torch":
-    raise ImportError(
-        f"lstmfused.keras serves Keras on torch, and here Keras runs on {keras.backend.backend()}: "
-        "set KERAS_BACKEND=torch before keras is imported"
-    )
-if tuple(int(n) for n in keras.__version__.split(".")[:2]) < (3, 10):
-    raise ImportError(f"lstmfused.keras needs Keras 3.10 or newer, and this is {keras.__version__}")
 
 
 def _traced() -> bool:
@@ -57,6 +48,8 @@ def _inner_loop(
         return original(layer, sequences, initial_state, mask, training=training)
     if tree.is_nested(mask):
         mask = mask[0]
+    if mask is None and sequences.is_cuda and steps.is_for_cudnn(layer):
+        return original(layer, sequences, initial_state, mask, training=training)
     if mask is not None:
         mask = ops.convert_to_tensor(mask).bool()
         mask = mask.reshape(mask.shape[:2]).t()  # (B, T), or (B, T, 1) as Keras, too, takes it

@@ -16,7 +16,15 @@ from torch import Tensor
 from ..functional import lstm_cell
 from ..functional.layer import KERNELS, run_layer
 
-__all__ = ["cells_of", "has_lstm_cells", "inner_loop", "sequence", "why_not", "why_not_cell"]
+__all__ = [
+    "cells_of",
+    "has_lstm_cells",
+    "inner_loop",
+    "is_for_cudnn",
+    "sequence",
+    "why_not",
+    "why_not_cell",
+]
 
 
 def cells_of(cell: Any) -> list[Any]:
@@ -36,6 +44,12 @@ def why_not(layer: Any) -> str:
     if getattr(layer, "use_cudnn", None) is True:
         return "use_cudnn=True asks for another implementation"
     return next((why for why in map(why_not_cell, cells) if why), "")
+
+
+def is_for_cudnn(layer: Any) -> bool:
+    """Whether on CUDA Keras has cuDNN take all steps at once, where there is no mask."""
+    auto = isinstance(layer, layers.LSTM) and layer.use_cudnn == "auto"
+    return auto and layer.use_bias and not (layer.unroll or layer.recurrent_dropout)
 
 
 def why_not_cell(cell: Any) -> str:
@@ -109,9 +123,10 @@ def sequence(
     if training and cell.recurrent_dropout:
         kept = torch.cat(cell.get_recurrent_dropout_mask(h), -1)
         return _with_recurrent_dropout(x, h, c, kept, kernel, recurrent, bias, skip, reverse)
-    output, h, c, _ = run_layer(
-        True, x, h, c, kernel.t(), recurrent.t(), bias, None, None, skip, reverse, False
-    )
+    weights = kernel.t(), recurrent.t()
+    if not x.is_cpu:  # where each step would copy them
+        weights = weights[0].contiguous(), weights[1].contiguous()
+    output, h, c, _ = run_layer(True, x, h, c, *weights, bias, None, None, skip, reverse, False)
     return output, h, c
 
 
