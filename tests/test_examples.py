@@ -56,6 +56,28 @@ def fuse_(model):
         if type(module) is nn.LSTM:
             module.__class__ = LSTM
 """
+WRONG_HOOKS = """
+from contextlib import contextmanager
+from unittest.mock import patch
+from keras.layers import LSTM, LSTMCell
+
+loop, call, report = LSTM.inner_loop, LSTMCell.call, repr
+
+def inner_loop(self, *args, **kwargs):
+    last, output, state = loop(self, *args, **kwargs)
+    {layer}
+    return last, output, state
+
+def step(self, *args, **kwargs):
+    h, (h, c) = call(self, *args, **kwargs)
+    {cell}
+    return h, [h, c]
+
+@contextmanager
+def enable():
+    with patch.object(LSTM, "inner_loop", inner_loop), patch.object(LSTMCell, "call", step):
+        yield
+"""
 
 
 def run(example: str, *options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -144,3 +166,40 @@ def test_recurrent_ppo_notices_what_is_wrong(tmp_path: Path, fault: str) -> None
     process = run_recurrent_ppo(tmp_path, path=tmp_path)
     assert process.returncode == 1, process.stdout + process.stderr
     assert process.stderr.endswith("the runs do not begin alike\n")
+
+
+def run_keras_fit(folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    if find_spec("keras") is None:  # to import it here would settle its backend
+        pytest.skip("keras is not installed: lstmfused[keras]")
+    options = ("--epochs=2", "--rows=27", "--steps=6", "--units=8", "--batch=19", "--threads=1")
+    return run("keras_fit.py", *options, f"--out={folder / 'curves.png'}", path=path)
+
+
+def test_keras_fit(tmp_path: Path) -> None:
+    process = run_keras_fit(tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r"4 rows leave  x \(4, 14\) +h \(4, 8\) +c \(4, 8\)\n", process.stdout)
+    assert "27 rows in 2 batches of 19, the last of 8\n" in process.stdout
+    assert re.search(r"^lstm\w* +LSTM +fused$", process.stdout, re.MULTILINE), process.stdout
+    assert len(re.findall(r"^ +\d( +\d\.\d{5}){2}$", process.stdout, re.MULTILINE)) == 2
+    assert (tmp_path / "curves.png").exists() == (find_spec("matplotlib") is not None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "cell", "error"),
+    [
+        pytest.param("last = last.detach()", "", "do not compute the same", id="gradient"),
+        pytest.param("last = last * (len(last) != 8)", "", "do not compute the same", id="batch"),
+        pytest.param("last = last * float('nan')", "", "do not compute the same", id="nan"),
+        pytest.param("", "h = h + 1e-3 * h.mean(0)", "a step computes something else", id="rows"),
+        pytest.param("", "c = c * 1.001", "a step computes something else", id="step"),
+    ],
+)
+def test_keras_fit_notices_what_is_wrong(tmp_path: Path, layer: str, cell: str, error: str) -> None:
+    (tmp_path / "lstmfused").mkdir()
+    (tmp_path / "lstmfused" / "__init__.py").touch()
+    wrong = WRONG_HOOKS.format(layer=layer or "pass", cell=cell or "pass")
+    (tmp_path / "lstmfused" / "keras.py").write_text(wrong, encoding="utf-8")
+    process = run_keras_fit(tmp_path, path=tmp_path)
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert process.stderr.endswith(f"{error}\n")
