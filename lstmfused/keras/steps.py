@@ -121,7 +121,7 @@ def sequence(
         else:
             x = x * masks
     if training and cell.recurrent_dropout:
-        kept = torch.cat(cell.get_recurrent_dropout_mask(h), -1)
+        kept = torch.stack(cell.get_recurrent_dropout_mask(h), 1)
         return _with_recurrent_dropout(x, h, c, kept, kernel, recurrent, bias, skip, reverse)
     weights = kernel.t(), recurrent.t()
     if not x.is_cpu:  # where each step would copy them
@@ -147,15 +147,16 @@ def _with_recurrent_dropout(
     skip: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each gate sees another part of the state, kept (B, 4H): beside x, the state becomes an input
-    of the cell, once for each gate, and the cell's own state is zero."""
+    """Each gate sees another part of the state, kept (B, 4, H): beside x, the state becomes an
+    input of the cell, once for each gate, and the cell's own state is zero."""
     weight_ih = torch.cat([kernel, _by_gate(recurrent)]).t().contiguous()
-    weight_hh, zero = torch.zeros_like(recurrent.t()), torch.zeros_like(h)
+    weight_hh, zero = recurrent.new_zeros(recurrent.shape[::-1]), torch.zeros_like(h)
     skipped = None if skip is None else (skip != 0).unsqueeze(-1)
-    times = range(x.shape[0])
+    inputs = x.unbind()
+    times = range(len(inputs))
     outputs = dict.fromkeys(times, h)
     for t in reversed(times) if reverse else times:
-        given = torch.cat([x[t], h.repeat(1, 4) * kept], 1)
+        given = torch.cat([inputs[t], (h.unsqueeze(1) * kept).flatten(1)], 1)
         next_h, next_c = lstm_cell(given, (zero, c), weight_ih, weight_hh, bias, None)
         if skipped is None:
             h, c = next_h, next_c
