@@ -234,6 +234,20 @@ def measure(workers: list[Worker], rounds: int) -> list[Json]:
     return rows
 
 
+def setting(data: Json) -> str:
+    rows, T, I, H = data["shape"]
+    versions: dict[str, str] = {}
+    for of_worker in data["versions"].values():
+        versions |= of_worker
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    revision = data["revision"][:10] + " (modified)" * bool(data["dirty"])
+    return (
+        f"{data['processor']}, {data['threads']} threads, float32; {names}, revision {revision}, "
+        f"{data['date'][:10]}. An epoch of ({rows}, {T}, {I}) in batches of {BATCH} into {H} "
+        f"units; by hand, {T} steps."
+    )
+
+
 def shown(data: Json) -> str:
     """Of each contestant the time, and how many times that of lstmfused it is."""
     from .format import duration, table
@@ -245,7 +259,7 @@ def shown(data: Json) -> str:
         ratios = [f" ({row[name] / row[FUSED]:.2f}x)" if name in row else "" for name in names[1:]]
         cells = [time + ratio for time, ratio in zip(times, ["", *ratios], strict=True)]
         lines.append([row["case"], *cells, f"{row['noise']:.1%}"])
-    return table(["", *names, "noise"], lines)
+    return f"{setting(data)}\n\n{table(['', *names, 'noise'], lines)}"
 
 
 def arguments() -> argparse.Namespace:

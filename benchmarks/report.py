@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from . import keras_fit
 from .cases import COLD, EAGER, GRAPH, INFERENCE, LAYER, OWN, STEP, TRAINING
 from .format import duration, insert, table, title
 from .frame import amount, frame, mean, mean_and_worst, peers, setting, shown, speedup
@@ -269,6 +270,8 @@ def page(default: Json, full: Json, device: Json, compiled: Json, later: Json) -
 
 def summary(data: Json) -> str:
     """What a run has found, for the terminal."""
+    if data["suite"] == "keras":
+        return keras_fit.shown(data)
     parts = list(crossing(data.get("crossovers", [])))
     rows, on_gpu = frame(data) if data["rows"] else pd.DataFrame(), data["device"] == "cuda"
     kinds = ["mode", "dtype", "launch", "isa", "threads"]
@@ -344,6 +347,7 @@ def main() -> int:
     blocks |= {
         "second-order": second_order(newest("second-order")),
         "layer": layer(newest("layer")),
+        "keras": keras_fit.shown(newest("keras")),
     }
     readme = README.read_text(encoding="utf-8")
     for name, text in blocks.items():

@@ -189,7 +189,7 @@ def test_readme(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is committed is what the results say; what is not is found, and mended."""
     assert run(monkeypatch, "--check") == 0
     text = report.README.read_text(encoding="utf-8")
-    for name in ("benchmark", "targets", "gpu", "second-order"):
+    for name in ("benchmark", "targets", "gpu", "second-order", "keras"):
         begin, end = markers(name)
         shown = text.split(begin)[1].split(end)[0]
         assert shown.count("\n") < 25  # a screen
@@ -212,6 +212,7 @@ def test_every_committed_result_is_shown(capsys: pytest.CaptureFixture[str]) -> 
         "full",
         "gpu",
         "gpu-compiled",
+        "keras",
         "layer",
         "second-order",
     ]
