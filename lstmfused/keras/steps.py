@@ -59,7 +59,7 @@ def why_not_cell(cell: Any) -> str:
     for what, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
         found = getattr(cell, what)
         if found not in (getattr(activations, expected), getattr(ops, expected)):
-            return f"{what} is {getattr(found, '__name__', found)}, not {expected}"
+            return f"{what} is {getattr(found, '__name__', found)}, not Keras's {expected}"
     dtype = getattr(torch, cell.compute_dtype, None)
     if (dtype, dtype) not in KERNELS:
         return f"there are no kernels for {cell.compute_dtype}"
