@@ -75,27 +75,35 @@ def inner_loop(
     outputs (B, T, H) in the order in which the steps are taken, and the last states."""
     skip = None if mask is None else (~mask).to(torch.uint8) * 2
     stacked = type(layer.cell) is layers.StackedRNNCells
-    h, states = x, []
+    h, states = x, list[Any]()
     for cell, state in zip(
         cells_of(layer.cell), initial_state if stacked else [initial_state], strict=True
     ):
         if layer.stateful:  # Keras writes into its states after each call
             state = [t.clone() for t in state]
-        h, *last = sequence(cell, h, state[0], state[1], skip, layer.go_backwards, training)
-        states.append(last)
-    output = _output(layer, h, mask)
-    return output[-1], output.transpose(0, 1), states if stacked else states[0]
+        h, *state = sequence(cell, h, state[0], state[1], skip, layer.go_backwards, training)
+        states.append(state)
+    last, output = _outputs(layer, h, states[-1][0], mask)
+    return last, output, states if stacked else states[0]
 
 
-def _output(layer: Any, h: Tensor, mask: Tensor | None) -> Tensor:
-    """h (T, B, H) by time -> the output in the order of the steps: where one is masked it is that
-    of the step before, or zero if there is none or zeros are asked for."""
-    if layer.go_backwards:
+def _outputs(layer: Any, h: Tensor, last: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h (T, B, H) by time and the last one -> the last output and all, in the order of the steps:
+    where one is masked the output is that of the step before, or zero if there is none or zeros are
+    asked for. All are but the last where no more is wanted, which backward then has less to do
+    for."""
+    zeros, backwards = layer.zero_output_for_mask, layer.go_backwards
+    if not layer.return_sequences:
+        if mask is not None:
+            kept = mask[0 if backwards else -1] if zeros else mask.any(0)
+            last = last.masked_fill(~kept.unsqueeze(-1), 0)
+        return last, last.unsqueeze(1)
+    if backwards:
         h, mask = h.flip(0), None if mask is None else mask.flip(0)
-    if mask is None:
-        return h
-    kept = mask if layer.zero_output_for_mask else mask.cumsum(0) > 0
-    return h.masked_fill(~kept.unsqueeze(-1), 0)
+    if mask is not None:
+        kept = mask if zeros else mask.cumsum(0) > 0
+        h = h.masked_fill(~kept.unsqueeze(-1), 0)
+    return h[-1], h.transpose(0, 1)
 
 
 def sequence(
