@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,21 +91,27 @@ class Runs:
         ]
 
 
-def check(runs: Runs, x: Tensor, tolerance: float = 1e-5, **options: Any) -> list[Tensor]:
-    """The same with the hook and without, and that it was taken."""
-    expected = runs(x, **options)
-    served = []
-    original = steps.sequence
+@contextmanager
+def enabled() -> Iterator[None]:
+    """The hook, and that the operator's way is taken somewhere."""
+    served, original = [], steps.sequence
 
-    def seen(*given: Any) -> Any:
-        served.append(given)
-        return original(*given)
+    def seen(cell: Any, *given: Any) -> Any:
+        served.append(cell.name)
+        return original(cell, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "sequence", seen)
         with fused.enable():
-            found = runs(x, **options)
+            yield
     assert served, "Keras's own way was taken"
+
+
+def check(runs: Runs, x: Tensor, tolerance: float = 1e-5, **options: Any) -> list[Tensor]:
+    """The same with the hook and without, and that it was taken."""
+    expected = runs(x, **options)
+    with enabled():
+        found = runs(x, **options)
     assert len(found) == len(expected)
     for got, want in zip(found, expected, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype
@@ -191,7 +198,7 @@ def test_time_distributed() -> None:
     layer.build((B, 2, T, I))
     x = torch.randn(B, 2, T, I)
     expected = layer(x)
-    with fused.enable():
+    with enabled():
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -235,7 +242,7 @@ def test_cell_stepped_by_hand(options: dict[str, Any]) -> None:
 
     runs, x = Runs(Stepped(), T, I), torch.randn(B, T, I)
     expected = runs(x, training=True)
-    with fused.enable():
+    with enabled():
         found = runs(x, training=True)
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -277,7 +284,7 @@ def test_fit(kind: str) -> None:
         return [*model.get_weights(), model.predict(x, batch_size=7, verbose=0)]
 
     expected = fitted()
-    with fused.enable():
+    with enabled():
         found = fitted()
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=5e-5, atol=5e-5)
@@ -288,22 +295,30 @@ def test_fit(kind: str) -> None:
 
 def test_stateful() -> None:
     """Without the hook backward meets states that were written in place."""
-    model = keras.Sequential(
-        [keras.Input(batch_shape=(8, T, I)), LSTM(H, stateful=True), layers.Dense(1)]
-    )
-    model.compile("adam", "mse")
     x, y = data(16)
-    with fused.enable():
+    first, second = x[:8].clone(), x[8:].clone()
+    layer, plain = LSTM(H, stateful=True), LSTM(H, return_state=True)
+    for one in (layer, plain):
+        one.build((8, T, I))
+    plain.set_weights(layer.get_weights())
+
+    def gradients(owner: Any, outputs: list[Tensor]) -> list[Tensor]:
+        weights = [v.value for v in owner.trainable_weights]
+        return [*outputs, *torch.autograd.grad(torch.cat(outputs).square().sum(), weights)]
+
+    output, *state = plain(first)
+    state = [s.detach() for s in state]
+    expected = gradients(plain, [output, plain(second, initial_state=state)[0]])
+    with enabled():
+        found = gradients(layer, [layer(first), layer(second)])
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+    inputs = keras.Input(batch_shape=(8, T, I))
+    model = keras.Sequential([inputs, LSTM(H, stateful=True), layers.Dense(1)])
+    model.compile("adam", "mse")
+    with enabled():
         model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
-    layer = model.layers[0]
-    torch.testing.assert_close(layer.states[0].value, layer.states[0].value.clone())
-    layer.reset_state()
-    with fused.enable():
-        whole = LSTM(H)
-        whole.build((8, 2 * T, I))
-        whole.set_weights(layer.get_weights())
-        layer(x[:8])
-        torch.testing.assert_close(layer(x[8:]), whole(torch.cat([x[:8], x[8:]], 1)))
 
 
 def test_dropout_with_implementation_1() -> None:
@@ -314,7 +329,7 @@ def test_dropout_with_implementation_1() -> None:
     layer.build((B, T, I))
     oracle.build((B, T, I))
     oracle.set_weights(layer.get_weights())
-    with fused.enable():
+    with enabled():
         found = layer(x, training=True)
     torch.testing.assert_close(found, oracle(x, training=True), rtol=1e-5, atol=1e-5)
 
@@ -326,7 +341,7 @@ def test_unrolled_backwards_with_a_mask() -> None:
     for one in (layer, looped):
         one.build((B, T, I))
     looped.set_weights(layer.get_weights())
-    with fused.enable():
+    with enabled():
         found = layer(x, mask=mask)
     torch.testing.assert_close(found, looped(x, mask=mask), rtol=1e-5, atol=1e-5)
 
@@ -436,16 +451,23 @@ def test_saved_files_are_plain(tmp_path: Any) -> None:
 # At other doors.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on the way
 def test_compiled() -> None:
     """jit_compile=True, which is torch.compile."""
-    x, _ = data(16)
-    model = model_of(LSTM(H))
-    expected = model.predict(x, verbose=0)
-    model.compile("adam", "mse", jit_compile=True)
-    with fused.enable():
-        found = model.predict(x, batch_size=16, verbose=0)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    x, y = data(32)
+
+    def fitted(**options: Any) -> list[Any]:
+        keras.utils.set_random_seed(3)
+        model = model_of(LSTM(H))
+        model.compile("adam", "mse", **options)
+        model.fit(x, y, batch_size=16, verbose=0)
+        return [*model.get_weights(), model.predict(x, batch_size=16, verbose=0)]
+
+    expected = fitted()
+    with enabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler warns of what it looks at
+        found = fitted(jit_compile=True)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-5)
 
 
 def test_exports_are_plain() -> None:

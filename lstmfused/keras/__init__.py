@@ -15,7 +15,7 @@ Nothing of a model changes but who computes it: configs, saved files, clones and
 seeds are Keras's own, and load without this package.
 """
 
-from . import supported  # before Keras is used
+from . import supported  # noqa: F401, before Keras is used
 from .hooks import disable, enable, fuse, report, unfuse
 
-__all__ = ["disable", "enable", "fuse", "report", "supported", "unfuse"]
+__all__ = ["disable", "enable", "fuse", "report", "unfuse"]

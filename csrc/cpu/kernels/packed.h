@@ -183,7 +183,7 @@ static void forward_packed_with(const Packed<W>& p, const Pool& pool) {
       with_constant<kPackedUnits / kPackedMultiple>(
           fours, [&](auto n) { packed_block<n.value * kPackedMultiple>(p, rows, u0, beyond_l2); });
     }
-  } context{p, whole, 1, 4 * bytes > 3 * pool.cache * pool.threads};
+  } context{p, whole, 1, 4 * bytes > kPackedL2Quarters * pool.cache * pool.threads};
   const auto run = [&](int64_t tasks, auto task) {
     pool.run(tasks, (p.B + kWeightFetchWork) * (p.I + p.state_depth() + kEpilogueWork) * 4 * p.H, task,
              &context);

@@ -59,6 +59,8 @@ constexpr int64_t kEpilogueWork = 50;    // the epilogue's cost, in multiply-add
 constexpr int64_t kWeightFetchWork = 2;  // the cost of fetching a weight, in multiply-adds
 
 constexpr int64_t kPackWork = 8;  // the cost of packing a weight, in multiply-adds
+// Quarters of each thread's L2 beyond which packed weights are prefetched from further away.
+constexpr int64_t kPackedL2Quarters = 3;
 // Rows of a step from which on its input is multiplied with the state, rather than the input of many steps
 // at once; and rows of all steps, in quarters of the depth, from which on packing a sequence's weights pays
 // where steps have fewer or more rows than that.
