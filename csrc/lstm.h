@@ -141,6 +141,8 @@ struct Backward {
   bool accumulate = false;  // add to the gradients of weights and biases; where T holds sums
   // The gradients of weights are (I, 4H) and (H, 4H), as Keras has them; where T holds sums.
   bool transposed = false;
+  // In place of weight_hh, of float: it, transposed, as Pack takes the weights of H / 4 units by 4H.
+  const T* packed_hh = nullptr;
 };
 
 // The tangents of a step and of its backward, as far as they are made unit by unit: those of the sums

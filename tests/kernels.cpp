@@ -396,39 +396,34 @@ static void test_masked(const CellKernels<T>& kernels, [[maybe_unused]] const Pa
   const int64_t stride = backward_stride<T>(H);
   vector<A> scratch(B * stride);
   vector<T> out_hx(B * H), out_cx(B * H), out_weight(G * H), out_bias(G);
-  kernels.backward({B,
-                    0,
-                    H,
-                    grad_h.data(),
-                    H,
-                    grad_c.data(),
-                    H,
-                    out_gates.data(),
-                    nullptr,
-                    0,
-                    hx.data(),
-                    H,
-                    cx.data(),
-                    H,
-                    nullptr,
-                    weight.data(),
-                    B,
-                    scratch.data(),
-                    stride,
-                    nullptr,
-                    out_hx.data(),
-                    out_cx.data(),
-                    nullptr,
-                    nullptr,
-                    nullptr,
-                    nullptr,
-                    false,
-                    mask.data(),
-                    next_grad_h.data(),
-                    next_grad_c.data()},
-                   pool);
+  Backward<T> states{};
+  states.B = states.rows = B;
+  states.H = states.grad_h_stride = states.grad_c_stride = states.cx_stride = H;
+  states.grad_h = grad_h.data();
+  states.grad_c = grad_c.data();
+  states.gates = out_gates.data();
+  states.cx = cx.data();
+  states.weight_hh = weight.data();
+  states.grad_gates = scratch.data();
+  states.grad_gates_stride = stride;
+  states.grad_hx = out_hx.data();
+  states.grad_cx = out_cx.data();
+  states.mask = mask.data();
+  states.next_grad_h = next_grad_h.data();
+  states.next_grad_c = next_grad_c.data();
+  kernels.backward(states, pool);
   check("masked grad_hx", out_hx, dh, double(G), B, 0, H);
   check("masked grad_cx", out_cx, dc, 1, B, 0, H);
+  if constexpr (std::is_same_v<T, float>)
+    if (H % 4 == 0) {
+      vector<float> packed(G * packed_units(H / 4) * 4);
+      packing.second({H / 4, G, weight.data(), 1, H, packed.data(), 0, G}, pool);
+      states.weight_hh = nullptr;
+      states.packed_hh = packed.data();
+      out_hx.assign(B * H, NAN);
+      kernels.backward(states, pool);
+      check("masked grad_hx, packed", out_hx, dh, double(G), B, 0, H);
+    }
   Backward<T> products{};
   products.B = products.rows = B;
   products.H = products.hx_stride = H;

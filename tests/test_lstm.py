@@ -365,7 +365,11 @@ def test_initial_state(options: dict[str, Any]) -> None:
 def test_transposed_weights(dtype: torch.dtype, reverse: bool, masked: bool) -> None:
     """Weights that lie as Keras has them, (I, 4H) and (H, 4H), and gradients that do, too."""
     operator = torch.ops.lstmfused.lstm_layer
-    for T, B, I, H in ((1, 1, 3, 5), (4, 3, 1, 1), (7, 2, 5, 17), (3, 40, 20, 33), (0, 2, 3, 5)):
+    sizes = [(1, 1, 3, 5), (4, 3, 1, 1), (7, 2, 5, 17), (3, 40, 20, 33), (0, 2, 3, 5)]
+    # Of units in fours backward packs the states' weights: always, and where the rows are many or both
+    # weights and steps.
+    sizes += [(1, 1, 3, 4), (3, 5, 2, 20), (3, 49, 5, 36), (47, 2, 3, 364)]
+    for T, B, I, H in sizes:
         plain = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H)]
         mask = torch.randint(0, 3, (T, B), dtype=torch.uint8) if masked else None
         x, w = torch.randn(T, B, I).to(dtype), torch.randn(T, B, H).to(dtype)

@@ -70,13 +70,32 @@ struct Weights {
 // ---------------------------------------------------------------------------------------------------
 // Backward
 
+// weight_hh as every step's right factor, packed; undefined where that does not pay. A transposed one has
+// to be packed.
+template <class T>
+Tensor packed_state_weights([[maybe_unused]] const Steps& s, [[maybe_unused]] const Backward<T>& given,
+                            [[maybe_unused]] bool transposed, [[maybe_unused]] const Pool& pool) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t depth = 4 * s.H, rows = (s.T - !given.grad_hx) * s.B;
+    if (!rows || s.H % 4) return {};
+    const bool large = s.B >= kPackRows || depth * s.H * int64_t(sizeof(T)) >= kPackedStateBytes;
+    if (!transposed && (!large || 4 * rows < s.H)) return {};
+    const Tensor packed = empty_cpu({depth, 4 * packed_units(s.H / 4)}, at::kFloat);
+    const int64_t unit_stride = transposed ? depth : 1, depth_stride = transposed ? 1 : s.H;
+    cpu_kernels().pack(
+        {s.H / 4, depth, given.weight_hh, unit_stride, depth_stride, out<float>(packed), 0, depth}, pool);
+    return packed;
+  }
+  return {};
+}
+
 struct OutputGradients {
   MaybeOwned output, h, c, cells;  // (T, B, H), (B, H), (B, H), (T, B, H); undefined for zeros
 };
 
 template <class T>
 void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradients& grads, Backward<T> all,
-              const Tensor& hidden, const Tensor& cells) {
+              bool transposed_hh, const Tensor& hidden, const Tensor& cells) {
   using A = Accumulate<T>;
   const at::ScalarType dtype = hidden.scalar_type();
   const int64_t steps =
@@ -97,6 +116,11 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
   const States<T> of_cells(*grads.cells);
 
   with_team(3 * s.work(), [&](const Pool& pool) {
+    const Tensor packed = packed_state_weights(s, all, transposed_hh, pool);
+    if (packed.defined()) {
+      all.packed_hh = in<T>(packed);
+      all.weight_hh = nullptr;
+    }
     each_chunk({s.T, s.B, s.I, s.H, !s.reverse, s.mask}, steps, [&](const Chunk& chunk) {
       for (int64_t k = chunk.k; k < chunk.k + chunk.n; k++) {
         const int64_t t = s.reverse ? k : s.T - 1 - k;
@@ -122,6 +146,7 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
           step.gates = all.gates + (t * s.B + row) * 4 * s.H;
           step.cx = cell[s.before(t) * s.states() + at];
           step.weight_hh = multiply ? all.weight_hh : nullptr;
+          step.packed_hh = multiply ? all.packed_hh : nullptr;
           step.grad_gates = all.grad_gates + ((t - chunk.first) * s.B + row) * stride;
           step.grad_gates_stride = stride;
           step.grad_hx = part(grad_hx, at);
@@ -143,7 +168,7 @@ void backward(const CellKernels<T>& kernels, const Steps& s, const OutputGradien
       Backward<T> products = all;
       products.B = products.rows = rows;
       products.gates = nullptr;
-      products.weight_hh = nullptr;
+      products.weight_hh = products.packed_hh = nullptr;
       products.grad_hx = products.grad_cx = nullptr;
       products.accumulate = chunk.k > 0;
       if (products.grad_input) products.grad_input += row * s.I;
@@ -258,8 +283,11 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
   const OutputGradients grads{contiguous(grad_output), contiguous(grad_h), contiguous(grad_c),
                               contiguous(grad_cells)};
   const std::optional<Inputs> x = input ? std::optional<Inputs>(*input) : std::nullopt;
-  const MaybeOwned w_ih = contiguous(weight_ih), w_hh = contiguous(weight_hh), states = contiguous(hidden),
-                   cell = contiguous(cells), gate = contiguous(gates), masks = contiguous(mask);
+  const bool in_place = dtype == at::kFloat && H % 4 == 0 && is_transposed(weight_hh);
+  const MaybeOwned w_ih = contiguous(weight_ih),
+                   w_hh = in_place ? MaybeOwned::borrowed(weight_hh) : contiguous(weight_hh),
+                   states = contiguous(hidden), cell = contiguous(cells), gate = contiguous(gates),
+                   masks = contiguous(mask);
   const Steps steps{T, B, I, H, reverse, row_mask(*masks)};
   // The gradients of weights lie as these do, where sums are formed in them.
   const bool transposed = is_transposed(weight_hh) && at::toOpMathType(dtype) == dtype;
@@ -301,7 +329,7 @@ Gradients layer_backward(const OptionalTensor& grad_output, const OptionalTensor
     all.grad_bias_hh = out<E>(grad_bias_hh);
     all.wide_cell = cells.scalar_type() != dtype;
     all.transposed = transposed;
-    backward(kernels, steps, grads, all, *states, *cell);
+    backward(kernels, steps, grads, all, is_transposed(*w_hh), *states, *cell);
   });
   return gradients;
 }

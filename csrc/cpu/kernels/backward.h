@@ -2,6 +2,7 @@
 #pragma once
 #include "../../cell_math.h"
 #include "kernels.h"
+#include "packed.h"
 #include "product.h"
 #include "vec_math.h"
 
@@ -170,6 +171,19 @@ struct alignas(64) GradientTasks {
   }
 };
 
+// grad_hx (rows, H) = grad_gates @ weight_hh, packed: the sums of a step whose input is grad_gates.
+static inline void packed_state_product(const Backward<float>& p, Range part, const Pool& pool) {
+  Packed<float> step{};
+  step.B = part.size;
+  step.I = 4 * p.H;
+  step.H = p.H / 4;
+  step.input = step.hx = p.grad_gates;
+  step.input_stride = p.grad_gates_stride;
+  step.sums = p.grad_hx + part.begin * p.H;
+  step.weight = p.packed_hh;
+  forward_packed(step, pool);
+}
+
 template <class T>
 static void backward_part(const Backward<T>& p, Range part, const Pool& pool) {
   struct Parts {
@@ -191,6 +205,8 @@ static void backward_part(const Backward<T>& p, Range part, const Pool& pool) {
       tasks.tasks(), tasks.work(),
       [](const void* context, int64_t i) { static_cast<const GradientTasks<T>*>(context)->run(i); },
       &tasks);
+  if constexpr (sizeof(T) == sizeof(float))
+    if (p.packed_hh && p.grad_hx) packed_state_product(p, part, pool);
   if (p.mask && p.grad_hx) masked_state_gradients(p, part);
 }
 

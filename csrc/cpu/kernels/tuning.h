@@ -65,6 +65,9 @@ constexpr int64_t kPackedL2Quarters = 3;
 // at once; and rows of all steps, in quarters of the depth, from which on packing a sequence's weights pays
 // where steps have fewer or more rows than that.
 constexpr int64_t kJointRows = 24, kPackedFewRows = 1, kPackedManyRows = 8;
+// Bytes of the state's weights from which on packing them for backward pays, if each is met by enough rows
+// of all steps: a quarter of the units. Steps of kPackRows want it of any weights.
+constexpr int64_t kPackedStateBytes = 2 << 20;
 constexpr int kPackedRows = 256;  // rows of a task at most: its scratch holds their sums
 
 // ---------------------------------------------------------------------------------------------------
