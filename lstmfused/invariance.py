@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from ._ops import _C
 
+_mode = False  # as the extension has it, where a graph can see it
+
 __all__ = ["batch_invariant", "is_batch_invariant", "set_batch_invariant"]
 
 
@@ -28,12 +30,14 @@ def set_batch_invariant(mode: bool) -> None:
     are. Where no batch-invariant kernel is (CUDA tensors, forward-mode derivatives, transforms of
     ``torch.func``, ``vmap`` over weights), the step raises :class:`NotImplementedError`.
     """
+    global _mode
     _C.set_batch_invariant(mode)
+    _mode = _C.batch_invariant()
 
 
 def is_batch_invariant() -> bool:
     """Whether the batch-invariant mode is set: see :func:`set_batch_invariant`."""
-    return _C.batch_invariant()
+    return _mode
 
 
 @contextmanager
@@ -47,9 +51,9 @@ def batch_invariant(mode: bool = True) -> Iterator[None]:
         >>> with lstmfused.batch_invariant():
         ...     assert torch.equal(cell(x)[0][3], cell(x[3])[0])
     """
-    before = _C.batch_invariant()
-    _C.set_batch_invariant(mode)
+    before = is_batch_invariant()
+    set_batch_invariant(mode)
     try:
         yield
     finally:
-        _C.set_batch_invariant(before)
+        set_batch_invariant(before)

@@ -454,7 +454,7 @@ def test_saved_files_are_plain(tmp_path: Any) -> None:
 def test_compiled() -> None:
     """jit_compile=True, which is torch.compile."""
     if keras.__version__ == "3.10.0":
-        pytest.skip("Keras 3.10.0 does not compile any model, of dense layers neither, under this torch")
+        pytest.skip("Keras 3.10.0 compiles no model, not even of dense layers, under this torch")
     x, y = data(32)
 
     def fitted(**options: Any) -> list[Any]:

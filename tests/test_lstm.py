@@ -366,8 +366,8 @@ def test_transposed_weights(dtype: torch.dtype, reverse: bool, masked: bool) -> 
     """Weights that lie as Keras has them, (I, 4H) and (H, 4H), and gradients that do, too."""
     operator = torch.ops.lstmfused.lstm_layer
     sizes = [(1, 1, 3, 5), (4, 3, 1, 1), (7, 2, 5, 17), (3, 40, 20, 33), (0, 2, 3, 5)]
-    # Of units in fours backward packs the states' weights: always, and where the rows are many or both
-    # weights and steps.
+    # Where backward packs the states' weights, whose units come in fours: transposed ones always,
+    # others where rows are many or weights large.
     sizes += [(1, 1, 3, 4), (3, 5, 2, 20), (3, 49, 5, 36), (47, 2, 3, 364)]
     for T, B, I, H in sizes:
         plain = [torch.randn(4 * H, I), torch.randn(4 * H, H), torch.randn(4 * H)]

@@ -240,6 +240,18 @@ def test_compile_by_inductor() -> None:
     same(torch.compile(episodes, fullgraph=True)(*given), episodes(*given))
 
 
+def test_compile_of_projections() -> None:
+    """Which torch's layer computes, or its operators; in batch-invariant mode nobody does."""
+    layer = lstmfused.LSTM(I, H, 2, proj_size=2)
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, reset, lengths = torch.randn(T, B, I), torch.rand(T, B) < 0.3, torch.tensor([1, T, 0])
+    for masked in ({}, {"reset": reset}, {"lengths": lengths}):
+        same(compiled(x, **masked), layer(x, **masked))
+    with lstmfused.batch_invariant(), pytest.raises(Exception, match="no batch-invariant kernels"):
+        compiled(x)
+    same(compiled(x), layer(x))
+
+
 def test_compile_leaves_torchs_own_layer_alone() -> None:
     plain, _ = pair()
     compiled: Any = torch.compile(plain, fullgraph=True, backend="eager")

@@ -14,7 +14,7 @@ from keras import activations, layers, ops
 from torch import Tensor
 
 from ..functional import lstm_cell
-from ..functional.layer import KERNELS, run_layer
+from ..functional.direction import KERNELS, run_layer
 
 __all__ = [
     "cells_of",
