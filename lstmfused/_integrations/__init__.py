@@ -22,6 +22,7 @@ _LISTENERS = {
     "ptflops.aten_ops": "flops.ptflops_operators",
     "ptflops.pytorch_ops": "flops.ptflops_modules",
     "thop.profile": "flops.thop",
+    "torch._dynamo.trace_rules": "dynamo.register_rules",
     "torch._dynamo.variables.builder": "dynamo.register",
     "torch.ao.quantization.quantize": "quantization.register",
     "torch.distributed.tensor": "sharding.register",
