@@ -179,7 +179,7 @@ class Called(TorchDispatchMode):
 
 
 def backward_operator(h: Tensor, inputs: list[Tensor], **options: Any) -> tuple[str, list[Tensor]]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         found = torch.autograd.grad(h, inputs, torch.ones_like(h), **options)
     (name,) = {e.name for e in profiler.events() if e.name.startswith("lstmfused::lstm_cell_back")}
     return name, list(found)
@@ -223,7 +223,7 @@ def test_gates_are_used_up_by_who_sees_them_last(
 
 
 def operators(function: Callable[[], object]) -> list[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         function()
     return [event.name for event in profiler.events()]
 
