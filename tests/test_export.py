@@ -22,7 +22,10 @@ import lstmfused
 # What torch's own tracer, packager and exporter stumble over.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]*. is deprecated")
 DYNAMO = pytest.mark.filterwarnings("ignore:# The axis name")
-PACKAGER = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+PACKAGER = pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated",
+    "ignore:The given buffer is not writable",  # torch before 2.13, of any program that it loads
+)
 TORCHSCRIPT = pytest.mark.filterwarnings(
     "ignore:You are using the legacy TorchScript-based ONNX",
     "ignore:The feature will be removed:DeprecationWarning",
