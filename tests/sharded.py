@@ -79,7 +79,7 @@ def check_layer(mesh: DeviceMesh, shard: bool, state: bool, masked: bool) -> Non
 def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    count = 0
+    count, reason = 0, None
     for rows, shard, state in product((None, 4, 5), (False, True), (False, True)):
         if rows is None and shard:
             continue
@@ -93,11 +93,18 @@ def main() -> None:
             torch.testing.assert_close(actual, want, rtol=1e-12, atol=1e-12)
         if shard:  # nothing was gathered
             assert set(ours) == {"(Shard(dim=0),)"}, ours
+        if shard and mesh.size() == 1 and torch.__version__.startswith("2.11."):
+            # Of nn.Linear's input, too; that ours lie where the rows are was seen above.
+            reason = "torch 2.11 calls gradients on a mesh of one process replicated"
+            assert set(where[2:]) == {"(Replicate(),)"}, where
+            where[2:] = ours[2:]
         assert where == ours, (where, ours)
         count += 1
     for shard, state, masked in product((False, True), repeat=3):
         check_layer(mesh, shard, state, masked)
         count += 1
+    if reason:
+        print("placements of torch's gradients not compared:", reason)
     if dist.get_rank() == 0:
         print(f"{count} cases in {dist.get_world_size()} processes")
     dist.destroy_process_group()

@@ -67,4 +67,6 @@ def test_cells_on_dtensors(processes: int) -> None:
     """Replicated and sharded over the batch, forward and backward, as torch's cell."""
     script = str(Path(__file__).parent / "sharded.py")
     command = ("-W", "ignore", *TORCHRUN[:-1], f"--nproc-per-node={processes}", script)
-    assert run_python(*command, timeout=120).endswith(f" cases in {processes} processes\n")
+    said = run_python(*command, timeout=120)
+    print(said)  # what was not compared, and why
+    assert said.endswith(f" cases in {processes} processes\n")
