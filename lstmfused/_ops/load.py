@@ -22,7 +22,7 @@ except ImportError:
 if _minor(_build.TORCH) != _minor(torch.__version__):
     raise ImportError(
         f"lstmfused was built for torch {_build.TORCH}, but torch {torch.__version__} is loaded: "
-        f"run `{_BUILD}` in its sources, or install torch {_build.TORCH}"
+        f"run `{_BUILD}` in its sources, or install torch {_minor(_build.TORCH)}"
     )
 try:
     from .. import _C
