@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 PY      := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+SOURCES := setup.py pyproject.toml lstmfused/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 DIST         ?= dist
 REPAIR_Linux  = auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*'

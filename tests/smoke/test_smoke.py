@@ -3,8 +3,8 @@ and pytest alone."""
 
 import subprocess
 import sys
-from importlib.metadata import requires, version
-from importlib.resources import files
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,11 +32,19 @@ def python(*arguments: str) -> str:
 
 
 def test_what_is_installed() -> None:
+    here = Path(lstmfused.__file__)
+    try:
+        installed = distribution("lstmfused")
+    except PackageNotFoundError:
+        pytest.skip("built in place")
+    if installed.locate_file("lstmfused/__init__.py") != here:
+        pytest.skip("installed in editable mode")
+    assert installed.version.split("+")[0] == lstmfused.__version__
     minor = ".".join(torch.__version__.split(".")[:2])
-    assert version("lstmfused").split("+")[0] == lstmfused.__version__
-    assert f"torch=={minor}.*" in (requires("lstmfused") or [])
+    assert f"torch=={minor}.*" in (installed.requires or [])
     for name in ("py.typed", "_C.pyi", "_build.pyi"):
-        assert files("lstmfused").joinpath(name).is_file(), name
+        assert here.with_name(name).is_file(), name
+    assert not list(here.parent.rglob("*.cpp"))
 
 
 def test_command() -> None:
