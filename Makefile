@@ -21,7 +21,7 @@ bench: $(VENV)/built
 	$(PY) -m benchmarks --cliffs
 
 test: $(VENV)/built
-	$(PY) -m pytest -q -n auto --maxprocesses 8
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations 10
 
 # The tests of Keras once more, with the oldest that is served.
 keras: $(VENV)/built
@@ -31,7 +31,7 @@ keras: $(VENV)/built
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
 # qemu; CUDA's on an emulator, and their machine code where nvcc is.
 kernels: $(VENV)/built
-	$(PY) -m pytest -q -m kernels -n auto
+	$(PY) -m pytest -q -m kernels -n auto --durations 10
 
 # Other packages, with torch's cells and with these: the numbers agree. They are asked to keep this torch.
 clients: $(VENV)/clients
