@@ -301,6 +301,47 @@ class CuDnn(Peer):
 # What a call costs at least
 
 
+class Multiply(torch.autograd.Function):
+    """The matrix products of a layer and of its backward, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Pair:
+        x, h, c, w_ih, w_hh = tensors[:5]
+        ctx.save_for_backward(*tensors)
+        torch.mm(x.flatten(0, 1), w_ih.t())
+        sums = torch.empty_like(h).repeat(1, 4)
+        for _ in range(len(x)):
+            torch.mm(h, w_hh.t(), out=sums)
+        return h.expand(len(x), -1, -1), c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, _, c, w_ih, w_hh, *biases = ctx.saved_tensors
+        gates = grads[0].repeat(1, 1, 4)
+        for gate in gates:
+            grad_h = torch.mm(gate, w_hh)
+        rows, states, gates = x.flatten(0, 1), grads[0].flatten(0, 1), gates.flatten(0, 1)
+        grad_x = torch.mm(gates, w_ih).view_as(x)
+        grad_weights = torch.mm(gates.t(), rows), torch.mm(gates.t(), states)
+        return grad_x, grad_h, c, *grad_weights, *biases
+
+
+class MultiplyLayer(nn.LSTM):
+    def forward(self, input: Any, hx: Pair | None = None) -> Any:
+        h, c = (state.squeeze(0) for state in hx or ())
+        output, c = Multiply.apply(input, h, c, *self._parameters.values())  # type: ignore[no-untyped-call]
+        return output, (output, c.unsqueeze(0))
+
+
+class Products(Peer):
+    """What torch's own matrix products allow a layer."""
+
+    computes = False
+
+    def supports(self, case: Case) -> bool:
+        return case.sequence == LAYER and case.device == "cpu"
+
+
 class AllocateCell(lstmfused.LSTMCell):
     operator: Any
 
@@ -368,6 +409,7 @@ FIELD = (
     OnnxRuntime("onnxruntime"),
     CuDnn("cudnn"),
     Allocate("allocate", AllocateCell),
+    Products("products alone", layer=MultiplyLayer),
     Empty("empty nn.Module", EmptyCell),
 )
 PEERS = {peer.name: peer for peer in FIELD}

@@ -67,7 +67,7 @@ TARGETS = (
 
 SEQUENCE, LONG = f"sequence == '{LAYER}'", f"sequence == '{LAYER}' and steps >= 16"
 LARGE = f"{LONG} and batch >= 8 and units >= 128"
-LOOP = "batch == 1 and steps == 64 and units <= 128"
+MM, LOOP = "products alone", "batch == 1 and steps == 64 and units <= 128"
 LAYER_TARGETS = (
     Target("layer, inference over nn.LSTM", 2, 1, where=SEQUENCE),
     Target("layer, training over nn.LSTM", 1.6, 1, where=SEQUENCE, mode=TRAINING),
@@ -81,6 +81,8 @@ LAYER_TARGETS = (
         form="share",
     ),
     Target("the same in training", None, 0.7, "limit", LARGE, mode=TRAINING, form="share"),
+    Target("layer, share of torch's products alone, the same", None, 0.85, MM, LARGE, form="share"),
+    Target("the same in training", None, 0.85, MM, LARGE, mode=TRAINING, form="share"),
     Target(
         "layer, share of the bandwidth, B = 1, T >= 16, weights in L2",
         None,
