@@ -55,12 +55,11 @@ def lstm_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""One LSTM step over (batch, units) state, in one fused kernel.
+    r"""One LSTM step over (batch, units) state, in one fused kernel::
 
-    .. math::
-        i, f, o &= \sigma(x W_i^T + b_i + h V_i^T + d_i), \ldots \\
-        g &= \tanh(x W_g^T + b_g + h V_g^T + d_g) \\
-        c' &= f c + i g, \qquad h' = o \tanh(c')
+        i, f, g, o = (x @ W.T + b + h @ V.T + d).chunk(4, -1)
+        c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h' = sigmoid(o) * tanh(c')
 
     with the gates' rows of the weights in the order i, f, g, o, as in :class:`torch.nn.LSTMCell`
     (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).

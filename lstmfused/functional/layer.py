@@ -96,9 +96,9 @@ def lstm(
     called, or, where it lacks what is asked for, torch's operators, step by step.
 
     Returns:
-        ``output, (h_n, c_n)``, or with ``return_cell_states`` ``output, (h_n, c_n), cell_states``:
-        ``h`` of every step of the last layer, (T, B, D * H) or as the input has it; the last
-        states, shaped like ``hx``; and ``c`` of every step of the last layer, shaped like
+        ``output, (h_n, c_n)``, or with ``return_cell_states`` ``output, (h_n, c_n), cell_states``.
+        These are ``h`` of every step of the last layer, (T, B, D * H) or as the input has it; the
+        last states, shaped like ``hx``; and ``c`` of every step of the last layer, shaped like
         ``output``.
 
     Raises:

@@ -170,7 +170,7 @@ def unfuse(model: Any) -> Any:
 
 
 class Line(NamedTuple):
-    """Of a :func:`report`: ``why`` says why a layer is not fused."""
+    """Of a :func:`~lstmfused.keras.report`: ``why`` says why a layer is not fused."""
 
     layer: str
     kind: str

@@ -44,8 +44,12 @@ class LSTM(nn.LSTM):
     of :class:`torch.nn.LSTM`.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-        device, dtype: as in :class:`torch.nn.LSTM`.
+        input_size: I, the features of the input.
+        hidden_size: H, the units.
+        num_layers, bias, batch_first, dropout, bidirectional, proj_size: as in
+            :class:`torch.nn.LSTM`.
+        device: where the parameters are made.
+        dtype: float32, float64, bfloat16 or float16.
 
     Shape:
         - input: (T, B, I), with ``batch_first`` (B, T, I), without a batch (T, I), or a

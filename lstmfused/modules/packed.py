@@ -77,7 +77,7 @@ class PackedLSTMCell(_Packed):
     saved on one machine can be loaded on another.
 
     Everything but the weights is float32, the sums too. With ``weight_dtype=torch.bfloat16`` each
-    weight is rounded to nearest, off by :math:`2^{-9}` of itself at most. With ``torch.int8`` it is
+    weight is rounded to nearest, off by 2⁻⁹ of itself at most. With ``torch.int8`` it is
     a whole number times a scale of its gate and unit, off by 1/254 of the largest weight of that
     gate and unit at most.
 
