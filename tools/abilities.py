@@ -1,5 +1,5 @@
-"""python -m tools.abilities [--readme README.md]: what torch can do with a cell, tried:
-nn.LSTMCell and lstmfused.LSTMCell side by side."""
+"""python -m tools.abilities [--into docs/transforms.md]: what torch can do with a cell and with a
+layer, tried: torch's own and those of lstmfused side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, func, nn
+from torch import Tensor, func, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,16 +23,44 @@ from torch.utils.flop_counter import FlopCounterMode
 import lstmfused
 from benchmarks.format import insert, table
 
-V, B, I, H = 3, 4, 5, 7  # V of whatever is stacked
+V, B, T, I, H = 3, 4, 2, 5, 7  # V of whatever is stacked
 ROWS = {0: torch.export.Dim("batch", min=1, max=64)}
 
 
-class Plain(nn.LSTMCell):
+class PlainCell(nn.LSTMCell):
     """The oracle: the reference's formula."""
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Tensor]:
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         return lstmfused.reference.lstm_cell(input, hx, *weights)
+
+
+class PlainLayer(nn.LSTM):
+    """The same for a layer, over (B, T, I) or (T, I); there is no output but the last state."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        weights: Any = self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
+        state = None if hx is None else (hx[0][0], hx[1][0])
+        for x in input.unbind(-2):
+            state = lstmfused.reference.lstm_cell(x, state, *weights)
+        return None, [t.unsqueeze(0) for t in state or ()]
+
+
+class Last(nn.Module):
+    """A layer that is called like a cell: by (B, T, I) and the state, for the state at the end."""
+
+    def __init__(self, layer: nn.LSTM) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        state: tuple[Tensor, Tensor] | None = None
+        if hx is not None:
+            state = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        _, (h, c) = self.layer(input, state)
+        return h.squeeze(0), c.squeeze(0)
 
 
 class Step(nn.Module):
@@ -47,16 +75,39 @@ class Step(nn.Module):
         return h, c
 
 
-Cell = Any  # an nn.LSTMCell; whoever asks for another one calls make
-Make = Callable[[], Cell]  # the same weights at every call
+Cell = Any  # an nn.LSTMCell, or a Last; whoever asks for another one calls make
+
+
+class Make(NamedTuple):
+    """Called, a cell, or a layer that is called like one: of the same weights at every call."""
+
+    kind: type[nn.LSTMCell] | type[nn.LSTM]
+
+    def __call__(self) -> Cell:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            if issubclass(self.kind, nn.LSTM):
+                return Last(self.kind(I, H, batch_first=True))
+            return self.kind(I, H)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.kind in (PlainCell, PlainLayer)
+
+    def input(self, *rows: int) -> Tensor:
+        return tensor(*rows, *(T,) * issubclass(self.kind, nn.LSTM), I)
+
+    def state(self, rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
+        """And the input."""
+        return self.input(rows), tensor(rows, H, seed=2).tanh(), tensor(rows, H, seed=3)
+
+    def weight_hh(self, cell: Cell) -> tuple[nn.Module, str]:
+        """Who has it, by which name."""
+        return (cell.layer, "weight_hh_l0") if isinstance(cell, Last) else (cell, "weight_hh")
 
 
 def tensor(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def state(rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
-    return tensor(rows, I), tensor(rows, H, seed=2).tanh(), tensor(rows, H, seed=3)
 
 
 def joined(cell: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -64,23 +115,25 @@ def joined(cell: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda x, h, c: torch.cat(cell(x, (h, c)), -1)
 
 
-def batches(run: Callable[..., Any], with_state: bool = True) -> Any:
-    """Of a model that was made with one batch, at others."""
-    return [run(*state(rows)[: 3 if with_state else 1]) for rows in (2, 3, 5)]
+def left_python(way: Callable[[Make, Step], Callable[..., Any]]) -> Callable[[Make], Any]:
+    """A model that was made with one batch, at others. The formula stays in Python: it is what the
+    numbers are held to."""
 
+    def batches(make: Make) -> Any:
+        model = Step(make())
+        run = model if make.is_plain else way(make, model)
+        return [run(*make.state(rows)) for rows in (2, 3, 5)]
 
-def left_python(make: Make, way: Callable[[Step], Callable[..., Any]]) -> Any:
-    """The formula stays in Python: it is what the numbers are held to."""
-    model = Step(make())
-    return batches(model if isinstance(model.cell, Plain) else way(model))
+    return batches
 
 
 def vmap_weights(make: Make) -> Any:
     cells = [make() for _ in range(V)]
     for k, cell in enumerate(cells):
-        cell.weight_hh.data.mul_(k)
+        owner, name = make.weight_hh(cell)
+        getattr(owner, name).data.mul_(k)
     parameters, _ = func.stack_module_state(cells)
-    x = tensor(B, I)
+    x = make.input(B)
     return func.vmap(lambda p: func.functional_call(cells[0], p, (x,)))(parameters)
 
 
@@ -93,46 +146,60 @@ def per_sample_gradients(make: Make) -> Any:
         return total
 
     parameters = {name: p.detach() for name, p in cell.named_parameters()}
-    return func.vmap(func.grad(loss), (None, 0))(parameters, tensor(B, I))
+    return func.vmap(func.grad(loss), (None, 0))(parameters, make.input(B))
+
+
+def jacobian(make: Make) -> Any:
+    return func.jacrev(joined(make()), argnums=(0, 1, 2))(*make.state())
+
+
+def forward_mode(make: Make) -> Any:
+    return func.jvp(joined(make()), make.state(), make.state())
 
 
 def hessian(make: Make) -> Any:
     cell = joined(make())
-    return func.hessian(lambda x, h, c: cell(x, h, c).square().sum())(*state())
+    return func.hessian(lambda x, h, c: cell(x, h, c).square().sum())(*make.state())
 
 
 def double_backward(make: Make) -> Any:
     cell = make()
     parameters = list(cell.parameters())
-    loss = joined(cell)(*state()).square().sum()
+    loss = joined(cell)(*make.state()).square().sum()
     first = torch.autograd.grad(loss, parameters, create_graph=True)
     return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), parameters)
 
 
-def compiled(make: Make) -> Any:
-    step = torch.compile(make(), fullgraph=True, backend="aot_eager", dynamic=True)
-    return batches(step, with_state=False)
+def compiled(make: Make, model: Step) -> Any:
+    return torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-def exported(make: Make) -> Any:
-    program = torch.export.export(make(), (tensor(B, I),), dynamic_shapes={"input": ROWS})
-    return batches(program.module(), with_state=False)
+def exported(make: Make, model: Step) -> Any:
+    return torch.export.export(model, make.state(), dynamic_shapes=(ROWS,) * 3).module()
 
 
-def scripted(model: Step) -> Any:
+def traced(make: Make, model: Step) -> Any:
+    return torch.jit.trace(model, make.state())
+
+
+def scripted(make: Make, model: Step) -> Any:
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(model), file)
     file.seek(0)
     return torch.jit.freeze(torch.jit.load(file).eval())
 
 
-def in_onnx_runtime(**options: Any) -> Callable[[Step], Any]:
+def symbolic(make: Make, model: Step) -> Any:
+    return fx.symbolic_trace(model)
+
+
+def in_onnx_runtime(**options: Any) -> Callable[[Make, Step], Any]:
     import onnxruntime  # type: ignore[import-untyped]
 
-    def way(model: Step) -> Any:
+    def way(make: Make, model: Step) -> Any:
         with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             path = Path(folder) / "model.onnx"
-            torch.onnx.export(model, state(), path, **options)
+            torch.onnx.export(model, make.state(), path, **options)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]
 
@@ -145,20 +212,9 @@ def in_onnx_runtime(**options: Any) -> Callable[[Step], Any]:
     return way
 
 
-def onnx_by_torchscript(make: Make) -> Any:
-    axes: Any = {name: {0: "batch"} for name in "xhc"}
-    options: Any = {"dynamo": False, "input_names": list(axes), "dynamic_axes": axes}
-    return left_python(make, in_onnx_runtime(**options))
-
-
-def onnx_by_dynamo(make: Make) -> Any:
-    options: Any = {"dynamo": True, "dynamic_shapes": (ROWS,) * 3, "verbose": False}
-    return left_python(make, in_onnx_runtime(**options))
-
-
-def core_aten(model: Step) -> Any:
-    own = isinstance(model.cell, lstmfused.LSTMCell)
-    program = torch.export.export(model, state(), dynamic_shapes=(ROWS,) * 3)
+def core_aten(make: Make, model: Step) -> Any:
+    own = issubclass(make.kind, (lstmfused.LSTMCell, lstmfused.LSTM))
+    program = torch.export.export(model, make.state(), dynamic_shapes=(ROWS,) * 3)
     program = program.run_decompositions(lstmfused.decompositions() if own else None)
     called = (node.target for node in program.graph.nodes)
     for operator in (op for op in called if isinstance(op, torch._ops.OpOverload)):
@@ -168,7 +224,7 @@ def core_aten(model: Step) -> Any:
 
 
 def counted(make: Make) -> Any:
-    x, h, c = state()
+    x, h, c = make.state()
     with FlopCounterMode(display=False) as counter:
         joined(make())(x, h.requires_grad_(), c).sum().backward()
     return torch.tensor(counter.get_total_flops())
@@ -176,14 +232,15 @@ def counted(make: Make) -> Any:
 
 def profiled(make: Make) -> Any:
     with torch.profiler.profile(with_flops=True) as profile:
-        make()(tensor(B, I))
+        make()(make.input(B))
     products = [e.flops for e in profile.key_averages() if e.key == "aten::addmm"]
     return torch.tensor(sum(products))
 
 
-def quantized(model: Step) -> Any:
-    small = torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)
-    if type(small.cell) is type(model.cell):
+def quantized(make: Make, model: Step) -> Any:
+    small: Any = torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)
+    owner, _ = make.weight_hh(small.cell)
+    if type(owner) is make.kind:
         raise TypeError("left as it is")
     return small
 
@@ -198,7 +255,7 @@ def sharded(make: Make) -> Any:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        given = [distribute_tensor(t, mesh, [Shard(0)]) for t in state()]
+        given = [distribute_tensor(t, mesh, [Shard(0)]) for t in make.state()]
         cell: Any = distribute_module(make(), mesh)
         outputs = joined(cell)(*given)
         outputs.square().sum().backward()
@@ -208,11 +265,10 @@ def sharded(make: Make) -> Any:
 
 
 def autocast(make: Make) -> Any:
-    cell = make()
-    with torch.autocast("cpu", torch.bfloat16, enabled=not isinstance(cell, Plain)):
-        h, c = cell(tensor(B, I))
-    if not isinstance(cell, Plain) and h.dtype != torch.bfloat16:
-        raise TypeError(f"h is {h.dtype}, c is {c.dtype}")
+    with torch.autocast("cpu", torch.bfloat16, enabled=not make.is_plain):
+        h, c = make()(make.input(B))
+    if not make.is_plain and h.dtype != torch.bfloat16:
+        raise TypeError(f"h stays in {h.dtype}")
     return h.float(), c.float()
 
 
@@ -222,34 +278,40 @@ def gradients(outputs: Tensor, cell: Cell) -> Any:
 
 def checkpointed(make: Make) -> Any:
     cell = make()
-    return gradients(checkpoint(joined(cell), *state(), use_reentrant=False), cell)
+    return gradients(checkpoint(joined(cell), *make.state(), use_reentrant=False), cell)
 
 
 def weight_norm(make: Make) -> Any:
-    cell = nn.utils.parametrizations.weight_norm(make(), "weight_hh")
-    return gradients(joined(cell)(*state()), cell)
+    cell = make()
+    nn.utils.parametrizations.weight_norm(*make.weight_hh(cell))
+    return gradients(joined(cell)(*make.state()), cell)
 
 
 QUANTIZED, AUTOCAST = "`torch.ao.quantization.quantize_dynamic`", "`torch.autocast` on CPU"
+AXES = {name: {0: "batch"} for name in "xhc"}
 ABILITIES: dict[str, Callable[[Make], Any]] = {
-    "`torch.func.vmap` over inputs": lambda make: func.vmap(make())(tensor(V, B, I)),
+    "`torch.func.vmap` over inputs": lambda make: func.vmap(make())(make.input(V, B)),
     "`torch.func.vmap` over stacked weights": vmap_weights,
     "per-sample gradients, `vmap(grad(...))`": per_sample_gradients,
-    "`torch.func.jacrev`": lambda make: func.jacrev(joined(make()), argnums=(0, 1, 2))(*state()),
-    "forward mode, `torch.func.jvp`": lambda make: func.jvp(joined(make()), state(), state()),
+    "`torch.func.jacrev`": jacobian,
+    "forward mode, `torch.func.jvp`": forward_mode,
     "`torch.func.hessian`": hessian,
     "double backward": double_backward,
-    "`torch.compile(fullgraph=True)`, dynamic batch": compiled,
-    "`torch.export`, dynamic batch": exported,
-    "`torch.jit.trace`": lambda make: batches(torch.jit.trace(make(), (tensor(B, I),)), False),
-    "`torch.jit.script`, saved, loaded and frozen": lambda make: left_python(make, scripted),
-    "`torch.fx.symbolic_trace`": lambda make: left_python(make, torch.fx.symbolic_trace),
-    "`torch.onnx.export`, `dynamo=False`, in ONNX Runtime": onnx_by_torchscript,
-    "`torch.onnx.export`, `dynamo=True`, in ONNX Runtime": onnx_by_dynamo,
-    "core ATen, `run_decompositions(...)`": lambda make: left_python(make, core_aten),
+    "`torch.compile(fullgraph=True)`, dynamic batch": left_python(compiled),
+    "`torch.export`, dynamic batch": left_python(exported),
+    "`torch.jit.trace`": left_python(traced),
+    "`torch.jit.script`, saved, loaded and frozen": left_python(scripted),
+    "`torch.fx.symbolic_trace`": left_python(symbolic),
+    "`torch.onnx.export`, `dynamo=False`, in ONNX Runtime": left_python(
+        in_onnx_runtime(dynamo=False, input_names=list(AXES), dynamic_axes=AXES)
+    ),
+    "`torch.onnx.export`, `dynamo=True`, in ONNX Runtime": left_python(
+        in_onnx_runtime(dynamo=True, dynamic_shapes=(ROWS,) * 3, verbose=False)
+    ),
+    "core ATen, `run_decompositions(...)`": left_python(core_aten),
     "`FlopCounterMode`, forward and backward": counted,
     "the profiler's `with_flops`": profiled,
-    QUANTIZED: lambda make: left_python(make, quantized),
+    QUANTIZED: left_python(quantized),
     "`DTensor`, sharded over the batch": sharded,
     AUTOCAST: autocast,
     "`torch.utils.checkpoint`": checkpointed,
@@ -257,47 +319,55 @@ ABILITIES: dict[str, Callable[[Make], Any]] = {
 }
 
 
-def tried(name: str, cell: type[nn.LSTMCell]) -> str:
-    """ "works" if its numbers are those of the formula, or what went wrong."""
+SUBJECTS: dict[str, tuple[Make, Make]] = {  # each with its oracle
+    "nn.LSTMCell": (Make(nn.LSTMCell), Make(PlainCell)),
+    "lstmfused.LSTMCell": (Make(lstmfused.LSTMCell), Make(PlainCell)),
+    "nn.LSTM": (Make(nn.LSTM), Make(PlainLayer)),
+    "lstmfused.LSTM": (Make(lstmfused.LSTM), Make(PlainLayer)),
+}
 
-    def maker(cell: type[nn.LSTMCell]) -> Make:
-        def make() -> Cell:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return cell(I, H)
 
-        return make
-
+def tried(name: str, subject: str) -> tuple[str, str]:
+    """ "works" if its numbers are those of the formula, or what goes wrong, and in which words."""
+    make, plain = SUBJECTS[subject]
     torch.compiler.reset()
     try:
-        found = tree_leaves(ABILITIES[name](maker(cell)))
+        found = tree_leaves(ABILITIES[name](make))
     except Exception as error:
-        sentence = " ".join(str(error).split()).split(". ")[0].split(": ")[0].replace("|", "\\|")
-        return f"{type(error).__name__}: {textwrap.shorten(sentence, 60, placeholder=' …')}"
-    expected = tree_leaves(ABILITIES[name](maker(Plain)))
+        words = " ".join(str(error).split()).split(". ")[0]
+        return type(error).__name__, textwrap.shorten(words, 120, placeholder=" …")
+    expected = tree_leaves(ABILITIES[name](plain))
     bound = 2e-2 if name in (AUTOCAST, QUANTIZED) else 1e-5
     pairs = zip(found, expected, strict=True)
     right = all(torch.allclose(actual, want, rtol=bound, atol=bound) for actual, want in pairs)
-    return "works" if right else "wrong numbers"
+    return "works" if right else "wrong numbers", ""
 
 
 def markdown() -> str:
-    cells = nn.LSTMCell, lstmfused.LSTMCell
+    """A table, and below it the words of each error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [[name, *(tried(name, cell) for cell in cells)] for name in ABILITIES]
-    return table([f"torch {torch.__version__}", "nn.LSTMCell", "lstmfused.LSTMCell"], rows)
+        found = {name: {s: tried(name, s) for s in SUBJECTS} for name in ABILITIES}
+    rows = [[name, *(word for word, _ in of.values())] for name, of in found.items()]
+    errors = [
+        f"- `{subject}`, {name}: `{text}`"
+        for name, of in found.items()
+        for subject, (_, text) in of.items()
+        if text
+    ]
+    whole = table([f"torch {torch.__version__}", *SUBJECTS], rows)
+    return "\n\n".join([whole, "What the errors say:", "\n".join(errors)])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.abilities", description=__doc__)
-    parser.add_argument("--readme", type=Path, metavar="README.md", help="write the table there")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the table there")
     args = parser.parse_args()
     text = markdown()
     print(text)
-    if args.readme:
-        old = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(insert(old, text, "abilities"), encoding="utf-8")
+    if args.into:
+        old = args.into.read_text(encoding="utf-8")
+        args.into.write_text(insert(old, text, "abilities"), encoding="utf-8")
     return 0
 
 
