@@ -14,7 +14,7 @@ import torch
 
 import lstmfused
 
-from . import limits, record, report
+from . import limits, pictures, record, report
 from .cases import AVX2, BESIDE_LAYER, DTYPES, MODES, SHAPES, SUITES, Case, Shape, Suite
 from .checkout import Checkout
 from .cliffs import main as cliffs
@@ -163,7 +163,7 @@ def main() -> int:
         return 0
     data: dict[str, Any] = record.load(found.path)
     print(report.summary(data))
-    report.picture(data, found.path.with_suffix(".png"))
+    pictures.cells(data, found.path.with_suffix(".png"))
     print(f"\nwritten to {found.path}")
     return 0
 

@@ -43,10 +43,10 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def insert(readme: str, text: str, name: str) -> str:
-    """`readme` with `text` between the markers of that name."""
+def insert(page: str, text: str, name: str) -> str:
+    """`page` with `text` between the markers of that name."""
     begin, end = markers(name)
-    if not (readme.count(begin) == readme.count(end) == 1):
-        raise SystemExit(f"the README needs one {begin} and one {end}")
-    before, rest = readme.split(begin)
+    if not (page.count(begin) == page.count(end) == 1):
+        raise SystemExit(f"the page needs one {begin} and one {end}")
+    before, rest = page.split(begin)
     return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"

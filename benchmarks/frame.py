@@ -58,7 +58,7 @@ def mean_and_worst(rows: pd.DataFrame, peer: str) -> tuple[str, str]:
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the README and the picture show: single steps, float32 if any, the most threads."""
+    """What tables and pictures show: single steps, float32 if any, the most threads."""
     some = rows[
         rows["launch"].eq(EAGER)
         & rows["steps"].eq(1)
@@ -78,11 +78,17 @@ def amount(row: pd.Series[float], name: str) -> str:
     return size(value) if str(row["mode"]) in MEMORY else duration(value)
 
 
-def setting(data: Json, rows: pd.DataFrame) -> str:
-    """Processor, threads, dtypes, versions: without them a ratio says nothing."""
-    threads, dtypes = sorted(set(rows["threads"])), dict.fromkeys(rows["dtype"])
+def place(data: Json, rows: pd.DataFrame) -> str:
+    """Processor and threads."""
+    threads = sorted(set(rows["threads"]))
     count = f", {' and '.join(map(str, threads))} thread{'s' * (threads != [1])}"
+    return str(data["processor"]) + (count if data["device"] == "cpu" else "")
+
+
+def setting(data: Json, rows: pd.DataFrame) -> str:
+    """Place, dtypes, versions: without them a ratio says nothing."""
+    dtypes = ", ".join(dict.fromkeys(rows["dtype"]))
     versions = ", ".join(f"{name} {v}" for name, v in data["versions"].items() if v)
     revision = data["revision"][:10] + " (modified)" * bool(data["dirty"])
-    where = data["processor"] + (count if data["device"] == "cpu" else "")
-    return f"{where}, {', '.join(dtypes)}; {versions}, revision {revision}, {data['date'][:10]}."
+    when = data["date"][:10]
+    return f"{place(data, rows)}, {dtypes}; {versions}, revision {revision}, {when}."

@@ -1,5 +1,6 @@
-"""python -m benchmarks.report: tables and picture of the README and of benchmarks/results/README.md
-from the newest committed result of each suite. Also prints what a run has found."""
+"""python -m benchmarks.report: tables and pictures of the README, of docs/ and of
+benchmarks/results/README.md from the newest committed result of each suite. Also prints what a run
+has found."""
 
 from __future__ import annotations
 
@@ -11,15 +12,14 @@ from typing import Any
 
 import pandas as pd
 
-from . import keras_fit
+from . import keras_fit, pictures
 from .cases import COLD, EAGER, GRAPH, INFERENCE, LAYER, OWN, STEP, TRAINING
 from .format import duration, insert, table, title
-from .frame import amount, frame, mean, mean_and_worst, peers, setting, shown, speedup
+from .frame import amount, frame, mean, mean_and_worst, peers, place, setting, shown, speedup
 from .limits import rooflines
 from .record import RESULTS, ROOT, Json, load
 from .targets import WORST, Verdict, figure, goal, looked_at, verdicts
 
-README, PAGE, PICTURE = ROOT / "README.md", RESULTS / "README.md", RESULTS / "speedup.png"
 SHOWN_BATCHES = (1, 8, 64, 512, 4096)
 LEAST = 0.02  # of a step, of a part that is named
 RUNS = {  # of a GPU
@@ -175,7 +175,49 @@ def rewritten(before: Json, later: Json) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the README and the page of results say
+# What the pages say
+
+
+def glance() -> str:
+    """Of the README: over each peer the mean of the speed-ups, the least of them and where, and how
+    many rows are slower than the peer."""
+    full, default, of_layer, fit = map(newest, ("full", "default", "layer", "keras"))
+    one = f"launch == '{EAGER}' and steps == 1 and isa == '' and dtype == 'float32'"
+    cells, compiled = frame(full).query(one), frame(default).query(one)
+    layers, lines = frame(of_layer).query(f"sequence == '{LAYER}'"), []
+
+    def add(what: str, ratios: pd.Series[float], where: str) -> None:
+        below = f"{(ratios < 1).sum()} of {len(ratios)}"
+        worst = f"{min(ratios):.2f}x ({where})"
+        lines.append([what, f"**{mean(ratios):.2f}x**", worst, below])
+
+    for module, peer, rows in (
+        ("LSTMCell", "torch", cells),
+        ("LSTMCell", "compile", compiled),
+        ("LSTMCell", "onnxruntime", cells),
+        ("LSTM", "torch", layers),
+        ("LSTM", "onnxruntime", layers),
+    ):
+        for mode in STEP:
+            ratios = speedup(rows[rows["mode"] == mode], peer)
+            if len(ratios):
+                row = rows.loc[ratios.index].iloc[int(ratios.argmin())]
+                steps = f", T = {row['steps']}" * (module == "LSTM")
+                name = {"torch": f"nn.{module}", "compile": "torch.compile"}.get(peer, title(peer))
+                where = f"{row['cell']}, batch {row['batch']}{steps}"
+                add(f"{module} over {name}, {mode}", ratios, where)
+    for name in (keras_fit.STOCK, keras_fit.TENSORFLOW, keras_fit.JAX):
+        found = {
+            row["case"]: row[name] / row[keras_fit.FUSED]
+            for row in fit["rows"]
+            if row["case"] in keras_fit.FIT and name in row
+        }
+        ratios = pd.Series(found, dtype=float)
+        add(f"Keras fit over {name}", ratios, str(ratios.idxmin()))
+    where = f"Cell: {place(full, cells)}. Layer: {place(of_layer, layers)}."
+    where += f" Keras: {fit['processor']}, {fit['threads']} threads."
+    header = ["lstmfused", "mean", "worst row", "slower"]
+    return f"{table(header, lines)}\n\n{where} All in float32; means are geometric."
 
 
 def benchmark(data: Json) -> str:
@@ -195,7 +237,7 @@ def targets(data: Json) -> str:
 
 
 def layer(data: Json) -> str:
-    """Sequences: means over each peer by the number of steps, and what was aimed at."""
+    """Sequences: means over each peer by the number of steps."""
     rows = frame(data)
     whole, lines = rows[rows["sequence"] == LAYER], []
     for mode in STEP:
@@ -207,12 +249,23 @@ def layer(data: Json) -> str:
             lines.append([f"{name}, {mode}", *texts])
     header = ["lstmfused.LSTM over", *(f"T = {steps}" for steps in sorted(set(whole["steps"])))]
     note = "Geometric means (and worst rows)."
-    parts = (
-        f"{setting(data, rows)} {note}",
-        table(header, lines),
-        verdict_table(verdicts(data, rows)),
-    )
-    return "\n\n".join(parts)
+    return f"{setting(data, rows)} {note}\n\n{table(header, lines)}"
+
+
+def layer_targets(data: Json) -> str:
+    return verdict_table(verdicts(data, frame(data)))
+
+
+def beside_onnxruntime(data: Json) -> str:
+    """The layer in inference, by the batch and the number of steps."""
+    rows = frame(data).query(f"sequence == '{LAYER}' and mode == '{INFERENCE}'")
+    rows = rows[rows["onnxruntime"].notna()]
+    steps, lines = sorted(set(rows["steps"])), []
+    for batch, of_batch in rows.groupby("batch"):
+        groups = [speedup(of_batch[of_batch["steps"] == k], "onnxruntime") for k in steps]
+        texts = (f"**{mean(r):.2f}x** ({min(r):.2f}x)" if len(r) else "" for r in groups)
+        lines.append([str(batch), *texts])
+    return table(["batch", *(f"T = {k}" for k in steps)], lines)
 
 
 def second_order(data: Json) -> str:
@@ -247,7 +300,7 @@ def page(default: Json, full: Json, device: Json, compiled: Json, later: Json) -
     yield f"## Targets missed\n\n{setting(full, rows)}"
     yield (
         "The worst rows, then of each group of sizes the row in the middle. The limit is that of "
-        "the README's table of targets; `python -m tools.profiles` told where the time goes (parts "
+        "the table of targets; `python -m tools.profiles` told where the time goes (parts "
         f"above {LEAST:.0%})."
     )
     yield from missed(full, verdicts(full, rows))
@@ -298,39 +351,44 @@ def summary(data: Json) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def picture(data: Json, path: Path) -> None:
-    """Speed-up over nn.LSTMCell against the batch size, a line for every shape."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+# --------------------------------------------------------------------------------------------------
+# What is written where
 
-    rows = shown(frame(data)) if data["rows"] else pd.DataFrame()
-    if "torch" not in rows or not len(rows := rows[rows["torch"].notna()]):
-        return
-    cells = list(dict.fromkeys(rows["cell"]))  # from few units to many
-    colour = colormaps["turbo"].resampled(len(cells))
-    figure = Figure(figsize=(10, 4.8), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for mode, axes in zip(STEP, panels, strict=True):
-        for index, name in enumerate(cells):
-            line = rows[(rows["mode"] == mode) & (rows["cell"] == name)]
-            style: Any = {"color": colour(index), "marker": "os^D"[index % 4], "markersize": 4}
-            axes.plot(line["batch"], line["torch"] / line[OWN], label=name, **style)
-        axes.axhline(1, color="black", linestyle="--", linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%gx"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-        axes.set(
-            xlabel="batch size", title={TRAINING: "training (forward and backward)"}.get(mode, mode)
-        )
-    panels[0].set_ylabel("speed-up over nn.LSTMCell")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", title="in→units", frameon=False)
-    figure.suptitle(setting(data, rows).split(";")[0])
-    figure.savefig(path)
+
+def blocks() -> dict[str, dict[str, str]]:
+    """What stands between the markers of each page."""
+    return {
+        "README.md": {"summary": glance()},
+        "docs/keras.md": {"keras": keras_fit.shown(newest("keras"))},
+        "docs/performance.md": {
+            "benchmark": benchmark(newest("default")),
+            "layer": layer(newest("layer")),
+            "layer-targets": layer_targets(newest("layer")),
+            "onnxruntime": beside_onnxruntime(newest("layer")),
+            "targets": targets(newest("full")),
+            "second-order": second_order(newest("second-order")),
+            "gpu": gpu(newest("gpu")),
+        },
+    }
+
+
+def files() -> dict[str, str]:
+    """Each page as it should be."""
+    names = ("default", "full", "gpu", "gpu-compiled", "crossovers")
+    found = {"benchmarks/results/README.md": "\n\n".join(page(*map(newest, names))) + "\n"}
+    for name, texts in blocks().items():
+        found[name] = (ROOT / name).read_text(encoding="utf-8")
+        for block, text in texts.items():
+            found[name] = insert(found[name], text, block)
+    return found
+
+
+def draw(folder: Path) -> None:
+    default, of_layer = newest("default"), newest("layer")
+    pictures.both(default, of_layer, folder / "speedup.svg")
+    pictures.cells(default, folder / "cell.svg")
+    pictures.layers(of_layer, folder / "layer.svg")
+    pictures.keras(newest("keras"), folder / "keras.svg")
 
 
 def main() -> int:
@@ -342,30 +400,21 @@ def main() -> int:
     if args.show:
         print(summary(load(args.show)))
         return 0
-    default, full, device = newest("default"), newest("full"), newest("gpu")
-    blocks = {"benchmark": benchmark(default), "targets": targets(full), "gpu": gpu(device)}
-    blocks |= {
-        "second-order": second_order(newest("second-order")),
-        "layer": layer(newest("layer")),
-        "keras": keras_fit.shown(newest("keras")),
-    }
-    readme = README.read_text(encoding="utf-8")
-    for name, text in blocks.items():
-        readme = insert(readme, text, name)
-    others = newest("gpu-compiled"), newest("crossovers")
-    shown_page = "\n\n".join(page(default, full, device, *others)) + "\n"
-    files = {README: readme, PAGE: shown_page}
-    old = [
-        f for f, text in files.items() if not f.exists() or f.read_text(encoding="utf-8") != text
-    ]
+    pages = files()
     if args.check:
-        for file in old:
-            print(f"{file.relative_to(ROOT)} is not what the results say: run make readme")
+        old = [name for name, text in pages.items() if not is_written(name, text)]
+        for name in old:
+            print(f"{name} is not what the results say: run make readme")
         return int(bool(old))
-    for file, text in files.items():
-        file.write_text(text, encoding="utf-8")
-    picture(default, PICTURE)
+    for name, text in pages.items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+    draw(ROOT / "docs" / "images")
     return 0
+
+
+def is_written(name: str, text: str) -> bool:
+    path = ROOT / name
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 if __name__ == "__main__":
