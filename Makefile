@@ -1,4 +1,5 @@
-# make bench | make test | make keras | make kernels | make clients | make lint: each sets up all it needs, in .venv.
+# make bench | make test | make keras | make kernels | make clients | make lint | make docs: each sets up all it
+# needs, in .venv.
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ REPAIR_Darwin = delocate-wheel --exclude libtorch --exclude libc10
 
 CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
 
-.PHONY: bench test keras kernels clients lint format readme clean
+.PHONY: bench test keras kernels clients lint format readme docs docs-links clean
 .PHONY: wheel wheel-smoke wheels
 
 bench: $(VENV)/built
@@ -49,11 +50,18 @@ format: $(VENV)/built
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-# The README's tables and picture and those of benchmarks/results: from the committed results, and of what
-# torch can do with a cell.
+# The tables and pictures of the README, of docs/ and of benchmarks/results: from the committed results, and of
+# what torch can do with a cell and a layer.
 readme: $(VENV)/built
 	$(PY) -m benchmarks.report
-	$(PY) -m tools.abilities --readme README.md
+	$(PY) -m tools.abilities --into docs/transforms.md
+
+# The pages, build/docs/index.html; a warning is an error. docs-links tries the links out of them, too.
+docs: $(VENV)/docs
+	$(PY) -m sphinx -q -W --keep-going docs build/docs
+
+docs-links: $(VENV)/docs
+	$(PY) -m sphinx -q -W --keep-going -b linkcheck docs build/links
 
 # A wheel for this torch, with CUDA's kernels where nvcc is. It is made from the source distribution, so that nothing
 # of earlier builds is in it, and torch's libraries stay torch's to bring. The smoke tests run it in an environment
@@ -93,6 +101,11 @@ $(VENV)/built: $(SOURCES) $(VENV)/torch
 $(VENV)/clients: $(VENV)/built
 	echo "$(TORCH)" > $(VENV)/constraints.txt
 	$(PY) -m pip install -q -c $(VENV)/constraints.txt "lstmfused[clients]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/built
+	echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(PY) -m pip install -q -c $(VENV)/constraints.txt "lstmfused[docs]"
 	touch $@
 
 $(VENV)/torch: Makefile
