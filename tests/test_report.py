@@ -1,8 +1,9 @@
-"""What is made of results: verdicts on targets, tables, and the README kept as they say."""
+"""What is made of results: verdicts on targets, tables, and pages kept as they say."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from benchmarks import report
 from benchmarks.cases import TRAINING, Case, Shape
-from benchmarks.format import markers
 from benchmarks.frame import frame
 from benchmarks.peers import PEERS
 from benchmarks.problem import Problem
@@ -165,18 +165,17 @@ def test_crossovers() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The README, and the committed results
+# The pages, and the committed results
 
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what is written."""
-    for name in ("README", "PAGE", "PICTURE"):
-        copy = tmp_path / f"{name}.png"
-        monkeypatch.setattr(report, name, copy)
+    for name in report.files():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "docs" / "images").mkdir()
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    report.README.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    report.PAGE.write_text((RESULTS / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     return tmp_path
 
 
@@ -185,23 +184,34 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     return report.main()
 
 
-def test_readme(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is committed is what the results say; what is not is found, and mended."""
     assert run(monkeypatch, "--check") == 0
-    text = report.README.read_text(encoding="utf-8")
-    for name in ("benchmark", "targets", "gpu", "second-order", "keras"):
-        begin, end = markers(name)
-        shown = text.split(begin)[1].split(end)[0]
-        assert shown.count("\n") < 25  # a screen
-        spoilt = text.replace(shown, re.sub(r"\d\.\d\dx", "9.99x", shown, count=1))
-        report.README.write_text(spoilt, encoding="utf-8")
-        assert run(monkeypatch, "--check") == 1
-    report.PAGE.unlink()
+    before = {name: (written / name).read_text(encoding="utf-8") for name in report.files()}
+    for name, texts in report.blocks().items():
+        for block, shown in texts.items():
+            assert shown.count("\n") < 25  # a screen
+            spoilt, changes = re.subn(r"\d\.\d\dx", "9.99x", shown, count=1)
+            assert changes, block
+            (written / name).write_text(before[name].replace(shown, spoilt), encoding="utf-8")
+            assert run(monkeypatch, "--check") == 1
+    (written / "benchmarks" / "results" / "README.md").unlink()
     assert run(monkeypatch) == 0 and run(monkeypatch, "--check") == 0
-    assert report.README.read_text(encoding="utf-8") == text and report.PICTURE.exists()
-    report.README.write_text("a README without markers", encoding="utf-8")
-    with pytest.raises(SystemExit, match="benchmark:begin"):
+    assert before == {name: (written / name).read_text(encoding="utf-8") for name in before}
+    (written / "README.md").write_text("a README without markers", encoding="utf-8")
+    with pytest.raises(SystemExit, match="summary:begin"):
         run(monkeypatch)
+
+
+def test_pictures(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture that a page shows is drawn, or drawn by hand."""
+    assert run(monkeypatch) == 0
+    drawn = {path.name for path in (written / "docs" / "images").iterdir()}
+    by_hand = {"batch_and_units.svg", "how_it_works.svg"}
+    committed = {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    pages = (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    named = {k for page in pages for k in re.findall(r"images/([a-z_]+\.svg)", page.read_text())}
+    assert drawn | by_hand == committed == named
 
 
 def test_every_committed_result_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
