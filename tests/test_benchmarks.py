@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import lstmfused
 from benchmarks import __main__ as command
@@ -21,7 +22,7 @@ from benchmarks import cases, cliffs, limits, problem, record, timing
 from benchmarks import run as course
 from benchmarks.cases import MODES, STEP, SUITES, Case, Shape
 from benchmarks.limits import SIZES, Roofline
-from benchmarks.peers import PEERS, BatchInvariant, Compiled, Peer
+from benchmarks.peers import PEERS, BatchInvariant, Compiled, Multiply, Peer
 from benchmarks.problem import Bound, Problem, WrongResult, verify
 from benchmarks.record import Clock, Record, load
 from benchmarks.report import PATHS
@@ -187,7 +188,7 @@ def test_peers_are_right(name: str, dtype: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", STEP)
 @pytest.mark.parametrize("sequence", cases.SEQUENCES)
-@pytest.mark.parametrize("name", SUITES["layer"].peers)
+@pytest.mark.parametrize("name", [name for name in SUITES["layer"].peers if PEERS[name].computes])
 def test_peers_are_right_over_a_sequence(name: str, sequence: str, mode: str) -> None:
     peer, found = PEERS[name], []
     for steps in (1, 5):
@@ -199,6 +200,18 @@ def test_peers_are_right_over_a_sequence(name: str, sequence: str, mode: str) ->
     whole = name == "lstmfused" or (sequence == cases.LAYER and name == "torch")
     assert found[-1:] == [5] or name in ("torch", "onnxruntime")
     assert not whole or found == [1, 5]
+
+
+def test_products_alone_multiply_what_a_layer_does() -> None:
+    """Torch counts as many operations as a case is said to have."""
+    for mode in STEP:
+        case = Case(SMALL, 7, mode, threads=1, steps=5, sequence=cases.LAYER)
+        given, trained = Problem(case).leaves.values(), mode == cases.TRAINING
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trained):
+            output, c = Multiply.apply(*given)  # type: ignore[no-untyped-call]
+            if trained:
+                torch.autograd.backward((output, c), (output, c))
+        assert counter.get_total_flops() == case.flops
 
 
 def wrong(spoil: Callable[[Problem, Tensor, Tensor], object]) -> Peer:
