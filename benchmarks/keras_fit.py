@@ -31,6 +31,8 @@ CONTESTANTS = (
     TENSORFLOW := "Keras on TensorFlow",
     JAX := "Keras on JAX",
 )
+TRAINER = "Keras on torch, no LSTM"  # what `fit` takes for everything else
+EVERYONE = (*CONTESTANTS, TRAINER)
 BACKENDS = {TENSORFLOW: "tensorflow", JAX: "jax"}  # of the others torch
 MASKED = "Masking, LSTM"
 FIT: dict[str, Callable[[Any, int], list[Any]]] = {
@@ -71,7 +73,11 @@ def keras_fit(name: str, case: str, args: argparse.Namespace) -> Run:
     keras.utils.set_random_seed(0)  # of weights, dropout and the order of the rows
     x, y = make_data(case, args)
     inputs = keras.Input((args.steps, FEATURES))
-    model = keras.Sequential([inputs, *FIT[case](layers, args.units), layers.Dense(1)])
+    if name == TRAINER:
+        recurrent = [layers.Lambda(lambda x: x[:, -1])]
+    else:
+        recurrent = FIT[case](layers, args.units)
+    model = keras.Sequential([inputs, *recurrent, layers.Dense(1)])
     model.compile("adam", "mse")
     if name == FUSED:
         enable(model)
@@ -209,7 +215,8 @@ def measure(workers: list[Worker], rounds: int) -> list[Json]:
     from .timing import PAUSE, by_turns
 
     cases = [*FIT, *BY_HAND]
-    turns = [(case, w) for case in cases for w in workers if w.name != LOOP or case in LOOPED]
+    some = {LOOP: LOOPED, TRAINER: {"LSTM"}}
+    turns = [(case, w) for case in cases for w in workers if case in some.get(w.name, cases)]
     with tqdm(total=len(turns) * (1 + rounds), unit="turn", disable=None) as bar:
 
         def ask(case: str, worker: Worker) -> Any:
@@ -252,7 +259,7 @@ def shown(data: Json) -> str:
     """Of each contestant the time, and how many times that of lstmfused it is."""
     from .format import duration, table
 
-    names = [name for name in CONTESTANTS if name in data["versions"]]
+    names = [name for name in EVERYONE if name in data["versions"]]
     lines = []
     for row in data["rows"]:
         times = [duration(1e6 * row[name]) if name in row else "" for name in names]
@@ -278,7 +285,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, default=100, help="of a sequence")
     add("--units", type=int, default=80, help="of an LSTM")
     add("--out", type=Path, default=ROOT / "out" / f"keras-{slug}.json", help="the file of results")
-    add("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    add("--worker", choices=EVERYONE, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -286,7 +293,7 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args.worker, args)
-    pythons = {name: sys.executable for name in (FUSED, STOCK, LOOP)}
+    pythons = {name: sys.executable for name in (FUSED, STOCK, LOOP, TRAINER)}
     pythons |= {TENSORFLOW: args.tensorflow, JAX: args.jax}  # None: it stays away
     with ExitStack() as stack:
         workers = [Worker(name, python, stack) for name, python in pythons.items() if python]

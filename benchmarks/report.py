@@ -134,7 +134,8 @@ def missed(data: Json, found: list[Verdict]) -> Iterator[str]:
             continue
         rows = looked_at(verdict) if data.get("profiles") else verdict.rows[:WORST]
         for _, row in rows.iterrows():
-            where = f"{row['cell']} B={row['batch']} {row['dtype']} {row['mode']}"
+            steps = f" T={row['steps']}" * (row.get("sequence", "") != "")
+            where = f"{row['cell']} B={row['batch']}{steps} {row['dtype']} {row['mode']}"
             where += f" {row['launch']}" if data["device"] == "cuda" else f", threads {row.threads}"
             times = [amount(row, name) for name in (target.subject, target.peer)]
             share = "" if pd.isna(row["share"]) else f"{row['share']:.0%}"
