@@ -1,5 +1,5 @@
-# make bench | make test | make keras | make kernels | make clients | make lint | make docs: each sets up all it
-# needs, in .venv.
+# make bench | make test | make keras | make kernels | make clients | make lint | make docs | make wheel: each sets
+# up all it needs, in .venv.
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
