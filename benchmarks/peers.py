@@ -339,7 +339,7 @@ class Products(Peer):
     computes = False
 
     def supports(self, case: Case) -> bool:
-        return case.sequence == LAYER and case.device == "cpu"
+        return case.sequence == LAYER and case.mode in STEP
 
 
 class AllocateCell(lstmfused.LSTMCell):
