@@ -67,6 +67,7 @@ TARGETS = (
 
 SEQUENCE, LONG = f"sequence == '{LAYER}'", f"sequence == '{LAYER}' and steps >= 16"
 LARGE = f"{LONG} and batch >= 8 and units >= 128"
+ALONE = f"{LONG} and batch == 1 and units <= 256"
 MM, LOOP = "products alone", "batch == 1 and steps == 64 and units <= 128"
 LAYER_TARGETS = (
     Target("layer, inference over nn.LSTM", 2, 1, where=SEQUENCE),
@@ -88,9 +89,10 @@ LAYER_TARGETS = (
         None,
         0.8,
         "limit",
-        f"{LONG} and batch == 1 and units <= 256",
+        ALONE,
         form="share",
     ),
+    Target("layer, share of torch's products alone, the same", None, 0.85, MM, ALONE, form="share"),
     Target(
         "resets, training over a loop of nn.LSTMCell",
         None,
