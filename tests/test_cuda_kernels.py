@@ -23,7 +23,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     '-DLSTMFUSED_SIMT="simt.h"',
 ]
-SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-O2", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 STATEMENT = re.compile(
     r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
 )

@@ -199,7 +199,8 @@ def of_tensor(
     masks, past = _masks(x, reset, lengths, bidirectional)
 
     kernel = packed is not None or has_kernel(x, x if c is None else c, projected)
-    if not kernel and masks[0] is None and not cell_states:
+    # While Dynamo traces, torch 2.11 gets the shape of its own layer's h_n wrong, with projections.
+    if not kernel and masks[0] is None and not cell_states and not is_dynamo_compiling():
         if h is None or c is None:
             h, c = _zeros(x, states, B, params)
         output, h_n, c_n = torch._VF.lstm(
