@@ -11,7 +11,7 @@ DIST         ?= dist
 REPAIR_Linux  = auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*'
 REPAIR_Darwin = delocate-wheel --exclude libtorch --exclude libc10
 
-CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/*.cpp tests/*.h
+CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/kernels/*
 
 .PHONY: bench test keras kernels clients lint format readme docs docs-links clean
 .PHONY: wheel wheel-smoke wheels
@@ -22,7 +22,7 @@ bench: $(VENV)/built
 	$(PY) -m benchmarks --cliffs
 
 test: $(VENV)/built
-	$(PY) -m pytest -q -n auto --maxprocesses 8 --durations 10
+	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations 10
 
 # The tests of Keras once more, with the oldest that is served.
 keras: $(VENV)/built
@@ -32,7 +32,7 @@ keras: $(VENV)/built
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
 # qemu; CUDA's on an emulator, and their machine code where nvcc is.
 kernels: $(VENV)/built
-	$(PY) -m pytest -q -m kernels -n auto --durations 10
+	$(PY) -m pytest -q -m kernels -n auto --dist worksteal --durations 10
 
 # Other packages, with torch's cells and with these: the numbers agree. They are asked to keep this torch.
 clients: $(VENV)/clients

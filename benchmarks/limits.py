@@ -134,6 +134,8 @@ def of_processor(threads: int) -> Roofline | None:
 
     names = {dtype: f"peak_{dtype}" for dtype in DTYPES if hasattr(library, f"peak_{dtype}")}
     peak = {dtype: rate(threads, partial(compute, name)) for dtype, name in names.items()}
+    if "bfloat16" in peak:  # which may as well be multiplied in float32
+        peak["bfloat16"] = max(peak["bfloat16"], peak["float32"])
     return Roofline(peak, {size: rate(threads, partial(read, size)) for size in SIZES})
 
 

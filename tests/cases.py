@@ -65,6 +65,7 @@ class Arguments(NamedTuple):
 
 
 Cell = Callable[[Arguments], tuple[Tensor, Tensor]]
+BuildOnce = Callable[[str, Callable[[Path], None]], Path]  # conftest.build_once
 
 
 def random_arguments(

@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from cases import BuildOnce
+from filelock import FileLock
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -42,3 +45,21 @@ def device() -> str:
 @pytest.fixture
 def poisoned_device(device: str, poisoned_memory: None) -> None:
     assert torch.empty(3, device=device).isnan().all()
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """build_once(name, fill): a folder that fill has written into, for all of xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def built(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (folder / "done").exists():
+                folder.mkdir(exist_ok=True)
+                fill(folder)
+                (folder / "done").touch()
+        return folder
+
+    return built

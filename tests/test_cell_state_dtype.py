@@ -15,7 +15,6 @@ from cases import (
     oracle,
     random_arguments,
     random_like,
-    run_python,
     sliced,
     torch_cell,
 )
@@ -204,16 +203,4 @@ def test_compiled() -> None:
 
     torch.testing.assert_close(
         torch.compile(loss_of, fullgraph=True, backend="aot_eager")(x), loss_of(x)
-    )
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set(capability: str) -> None:
-    run_python(
-        "-c",
-        "import test_cell_state_dtype as t\n"
-        "for dtype in t.HALF:\n"
-        "    t.test_step(dtype)\n"
-        "    t.test_gradients(dtype, 'hc')",
-        ATEN_CPU_CAPABILITY=capability,
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cases import BuildOnce
 
 pytestmark = pytest.mark.kernels
 
@@ -98,24 +99,31 @@ def kernels_of(report: str) -> dict[str, Kernel]:
     return found
 
 
-def compiled(nvcc: str, architecture: str, folder: Path) -> Compiled:
-    cubin = folder / f"sm_{architecture}.cubin"
+def compile_for(architecture: str, nvcc: str, folder: Path) -> None:
     code = f"arch=compute_{architecture},code=sm_{architecture}"
     # Not -split-compile: it makes other code, with arrays on the stack.
     options = ("-gencode", code, "-Xptxas", "-v", "-cubin")
+    cubin = folder / f"sm_{architecture}.cubin"
     report = run(nvcc, *BUILT["NVCC_FLAGS"], *options, SOURCE, "-o", cubin)
-    return Compiled(cubin, kernels_of(report))
+    cubin.with_suffix(".txt").write_text(report)
+
+
+def read_code(architecture: str, folder: Path) -> Compiled:
+    cubin = folder / f"sm_{architecture}.cubin"
+    return Compiled(cubin, kernels_of(cubin.with_suffix(".txt").read_text()))
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
-def code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def code(request: pytest.FixtureRequest, build_once: BuildOnce) -> Compiled:
     """The kernels, compiled once for each architecture."""
     nvcc = find("nvcc")
     if not nvcc:
         pytest.skip("no nvcc on this machine")
     if not shutil.which("c++filt"):
         pytest.skip("no c++filt on this machine")
-    return compiled(nvcc, request.param, tmp_path_factory.mktemp("cuda"))
+    architecture: str = request.param
+    fill = functools.partial(compile_for, architecture, nvcc)
+    return read_code(architecture, build_once(f"sm_{architecture}", fill))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,7 +232,8 @@ def write_budget() -> None:
     most: dict[str, int] = {}
     for architecture in ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
-            for name, kernel in compiled(nvcc, architecture, Path(folder)).kernels.items():
+            compile_for(architecture, nvcc, Path(folder))
+            for name, kernel in read_code(architecture, Path(folder)).kernels.items():
                 eights = math.ceil(kernel.registers / EIGHT) * EIGHT
                 most[name] = max(most.get(name, 0), eights)
     BUDGET.write_text(json.dumps(most, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
-"""The CUDA kernels' own source on the host, without CUDA: tests/simt.h is its GPU.
+"""The CUDA kernels' own source on the host, without CUDA: tests/kernels/simt.h is its GPU.
 
-tests/cuda_kernels.cpp compares the kernels with plain loops in double precision. A copy of the
+tests/kernels/cuda.cpp compares the kernels with plain loops in double precision. A copy of the
 kernels that can do without any one barrier, or wait for what they copy, shows that it would notice.
 """
 
@@ -11,23 +11,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cases import BuildOnce
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.h"))
 FLAGS = [
     "-std=c++17",
-    "-O1",
+    "-O2",
     "-U_FORTIFY_SOURCE",  # longjmp would object to the stacks of others
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
-    '-DLSTMFUSED_SIMT="simt.h"',
+    '-DLSTMFUSED_SIMT="simt_device.h"',
 ]
-SANITIZED = ["-O2", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 STATEMENT = re.compile(
     r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
 )
-LIMIT = 120  # seconds, of a run that takes two: without a barrier, a kernel may never end
+LIMIT = 120  # seconds, of a quick run, which takes two: without a barrier, a kernel may never end
 
 STATEMENTS = {
     f"{path.name}:{number}": (path.name, number)
@@ -39,8 +40,19 @@ STATEMENTS = {
 
 
 def build(root: Path, program: Path, compiler: str, *flags: str) -> None:
-    command = [compiler, *FLAGS, *flags, f"-I{root / 'tests'}"]
-    subprocess.run([*command, root / "tests" / "cuda_kernels.cpp", "-o", program], check=True)
+    folder = root / "tests" / "kernels"
+    command: list[str | Path] = [compiler, *FLAGS, *flags, f"-I{folder}", folder / "cuda.cpp"]
+    subprocess.run([*command, "-o", program], check=True)
+
+
+def run(program: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *words],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT if "quick" in words else None,
+        env=os.environ | environment,
+    )
 
 
 @pytest.mark.kernels
@@ -51,7 +63,7 @@ def test_cuda_kernels_on_host(name: str, tmp_path: Path) -> None:
         pytest.skip(f"no {compiler} on this machine")
     program = tmp_path / "kernels"
     build(ROOT, program, compiler, "-Werror", *(SANITIZED if name == "sanitized" else ()))
-    done = subprocess.run([program], capture_output=True, text=True)
+    done = run(program, *(["once"] if name == "sanitized" else []))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
 
@@ -65,32 +77,24 @@ static const int without = without_text ? std::atoi(without_text) : -1;
 
 
 @pytest.fixture(scope="session")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy(build_once: BuildOnce) -> Path:
     """A program made of a copy of everything, in which each statement is left out on demand."""
-    folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "tests").mkdir()
-    for name in ("simt.h", "numbers.h", "cuda_kernels.cpp"):
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
-    simt = folder / "tests" / "simt.h"
-    simt.write_text(simt.read_text().replace("#pragma once\n", "#pragma once\n" + WITHOUT, 1))
-    for index, (name, number) in enumerate(STATEMENTS.values()):
-        path = folder / "csrc" / "cuda" / "kernels" / name
-        lines = path.read_text().splitlines(keepends=True)
-        optional = f"if (without != {index}) {{ \\g<0> }}"
-        lines[number - 1], count = STATEMENT.subn(optional, lines[number - 1])
-        assert count == 1
-        path.write_text("".join(lines))
-    build(folder, folder / "kernels", os.environ.get("CXX", "c++"))
-    return folder / "kernels"
 
+    def fill(folder: Path) -> None:
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        shutil.copytree(ROOT / "tests" / "kernels", folder / "tests" / "kernels")
+        simt = folder / "tests" / "kernels" / "simt.h"
+        simt.write_text(simt.read_text().replace("#pragma once\n", "#pragma once\n" + WITHOUT, 1))
+        for index, (name, number) in enumerate(STATEMENTS.values()):
+            path = folder / "csrc" / "cuda" / "kernels" / name
+            lines = path.read_text().splitlines(keepends=True)
+            optional = f"if (without != {index}) {{ \\g<0> }}"
+            lines[number - 1], count = STATEMENT.subn(optional, lines[number - 1])
+            assert count == 1
+            path.write_text("".join(lines))
+        build(folder, folder / "kernels", os.environ.get("CXX", "c++"))
 
-def run_without(copy: Path, index: int) -> subprocess.CompletedProcess[str]:
-    """The short run."""
-    environment = {**os.environ, "WITHOUT": str(index)}
-    return subprocess.run(
-        [str(copy), "quick"], capture_output=True, text=True, timeout=LIMIT, env=environment
-    )
+    return build_once("cuda_kernels", fill) / "kernels"
 
 
 def test_statements_are_found() -> None:
@@ -105,7 +109,8 @@ def test_statements_are_found() -> None:
 
 @pytest.mark.kernels
 def test_whole_copy_passes(copy: Path) -> None:
-    done = run_without(copy, -1)
+    """In every order of the threads."""
+    done = run(copy)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
 
@@ -114,7 +119,7 @@ def test_whole_copy_passes(copy: Path) -> None:
 @pytest.mark.parametrize("index", range(len(STATEMENTS)), ids=STATEMENTS)
 def test_copy_without_it_fails(index: int, copy: Path) -> None:
     try:
-        done = run_without(copy, index)
+        done = run(copy, "quick", WITHOUT=str(index))
     except subprocess.TimeoutExpired:
         return
     assert done.returncode != 0, f"{list(STATEMENTS)[index]} may as well not be there"

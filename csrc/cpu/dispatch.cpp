@@ -13,7 +13,8 @@ const Kernels& cpu_kernels() {
     const std::string capability = at::get_cpu_capability();
     if (capability == "AVX512") {
       Kernels kernels = kernels_avx512;
-      if (__builtin_cpu_supports("avx512bf16")) {
+      // The instruction multiplies twice as fast as float32's on Zen 4, and half as fast on Emerald Rapids.
+      if (__builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel")) {
         kernels.name = "avx512_bf16";
         kernels.bf16 = kernels_avx512_bf16;
       }
