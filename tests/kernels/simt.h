@@ -30,10 +30,8 @@
 #ifdef SIMT_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define SIMT_UNSANITIZED __attribute__((no_sanitize_address))
-#else
-#define SIMT_UNSANITIZED
 #endif
+#define SIMT_UNSANITIZED __attribute__((no_sanitize("address", "undefined")))
 
 // ---------------------------------------------------------------------------------------------------
 // CUDA's words

@@ -109,21 +109,29 @@ SIMT_UNSANITIZED void multiply(Multiply* const* lanes) {
       }
 }
 
+// 16 numbers of a row. In the 128-byte swizzle bits 4 to 6 of an address are crossed with bits 7 to 9.
+template <class T>
+SIMT_UNSANITIZED void load_row(float (&to)[16], const unsigned char* matrix, int row) {
+  for (int k = 0; k < 16; k++) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(matrix) + row * 128 + k * sizeof(T);
+    to[k] = lstmfused::widen(*reinterpret_cast<const T*>(address ^ (address >> 7 & 7) << 4));
+  }
+}
+
 // Of m64nNk16, what one thread gets: it reads shared memory for itself, at some time before its wait.
 template <class T, int N>
 SIMT_UNSANITIZED void multiply_group(float* sums, const unsigned char* a, const unsigned char* b) {
-  // In the 128-byte swizzle bits 4 to 6 of an address are crossed with bits 7 to 9.
-  const auto at = [](const unsigned char* matrix, int row, int k) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(matrix) + row * 128 + k * sizeof(T);
-    return lstmfused::widen(*reinterpret_cast<const T*>(address ^ (address >> 7 & 7) << 4));
-  };
-  const int first = current->warp % 4 * 16 + current->lane / 4, column = current->lane % 4 * 2;
-  for (int i = 0; i < N / 2; i++) {
-    float sum = 0;
-    for (int k = 0; k < 16; k++)
-      sum += at(a, first + i % 4 / 2 * 8, k) * at(b, i / 4 * 8 + column + i % 2, k);
-    sums[i] += sum;
-  }
+  float rows[2][16], column[16];
+  for (int r = 0; r < 2; r++) load_row<T>(rows[r], a, current->warp % 4 * 16 + current->lane / 4 + r * 8);
+  for (int i = 0; i < N / 2; i += 4)
+    for (int c = 0; c < 2; c++) {
+      load_row<T>(column, b, i * 2 + current->lane % 4 * 2 + c);
+      for (int r = 0; r < 2; r++) {
+        float sum = 0;
+        for (int k = 0; k < 16; k++) sum += rows[r][k] * column[k];
+        sums[i + r * 2 + c] += sum;
+      }
+    }
 }
 
 template <class A>
