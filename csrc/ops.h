@@ -106,9 +106,9 @@ Gradients lstm_layer_backward(const OptionalTensor& grad_output, const OptionalT
                               const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
                               const OptionalTensor& mask, bool reverse, std::array<bool, 7> output_mask);
 
-// What lstm_layer returns, of buffers of T + 1 states; cells are kept for every step only if cell_states.
-// None shares memory that is written with another.
-LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse, bool cell_states);
+// What lstm_layer returns with the cell states of every step, of buffers of T + 1 states. None shares
+// memory that is written with another.
+LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse);
 
 // torch's own cell, for the dtypes without kernels: see has_kernel.
 State torch_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,

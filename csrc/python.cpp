@@ -86,15 +86,15 @@ struct Borrowed<bool> {
   explicit Borrowed(PyObject* object) : value(object == Py_True) {}
 };
 
-// So small that the step ends before another thread would have noticed that the GIL is free.
+// So small that the step, or a layer's few steps, end before another thread would have noticed that the GIL
+// is free.
 bool is_small(const Tensor& tensor) {
-  constexpr int64_t kSmall = 1 << 16;
+  constexpr int64_t kSmall = 1 << 16, kFewSteps = 16;
   return tensor.is_cpu() && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
-         tensor.numel() < kSmall;
+         tensor.numel() < kSmall && (tensor.dim() < 3 || tensor.size(0) <= kFewSteps);
 }
 bool is_small(const OptionalTensor& tensor) { return !tensor || is_small(*tensor); }
 bool is_small(int64_t) { return true; }
-bool is_small(bool) { return false; }  // of a layer, which has many steps
 
 template <class Result, class... Arguments>
 Result call(Result (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {

@@ -230,7 +230,7 @@ LayerStates differentiable_layer(c10::DispatchKeySet keys, const Tensor& input, 
       at::AutoDispatchBelowADInplaceOrView guard;
       done.steps = lstm_layer_forward(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
       const auto& [hidden, cells, gates] = done.steps;
-      done.states = layer_states(hidden, cells, reverse, /*cell_states=*/true);
+      done.states = layer_states(hidden, cells, reverse);
     }
     variable_list states =
         apply_function<LSTMLayer>(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse, done);
@@ -269,13 +269,12 @@ Gradients underived_backward(const OptionalTensor& grad_output, const OptionalTe
 
 }  // namespace
 
-LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse, bool cell_states) {
+LayerStates layer_states(const Tensor& hidden, const Tensor& cells, bool reverse) {
   const c10::SymInt T = hidden.sym_size(0) - 1, first = reverse ? 0 : 1;
   const auto last = [&](const Tensor& states) {
     return states.select_symint(0, reverse ? c10::SymInt(0) : T).clone();
   };
-  return {hidden.narrow_symint(0, first, T), last(hidden), cell_states ? last(cells) : cells.select(0, 0),
-          cell_states ? cells.narrow_symint(0, first, T) : at::empty({0}, cells.options())};
+  return {hidden.narrow_symint(0, first, T), last(hidden), last(cells), cells.narrow_symint(0, first, T)};
 }
 
 void check_lstm_layer(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,

@@ -250,9 +250,10 @@ LayerStates layer(const Tensor& input, const OptionalTensor& hx, const OptionalT
     const Layer given(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, mask, reverse);
     const auto& [T, B, I, H, direction, masks] = given.steps;
     const Tensor hidden = empty_cpu({T + 1, B, H}, h.scalar_type()),
-                 cells = empty_cpu({cell_states ? T + 1 : 1, B, H}, c.scalar_type());
+                 cells = cell_states ? empty_cpu({T + 1, B, H}, c.scalar_type())
+                                     : empty_cpu({B, H}, c.scalar_type());
     given.run(h, c, hidden, cells, /*gates=*/{});
-    return layer_states(hidden, cells, reverse, cell_states);
+    return cell_states ? layer_states(hidden, cells, reverse) : last_states(given.steps, hidden, cells);
   });
 }
 

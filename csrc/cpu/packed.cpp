@@ -64,7 +64,7 @@ PackedLayerStates layer(const Tensor& input, const OptionalTensor& hx, const Opt
         const MaybeOwned mask = contiguous(given_mask);
         const Steps steps{input.size(0), input.size(1), input_size, hidden_size, reverse, row_mask(*mask)};
         const Tensor hidden = empty_cpu({steps.T + 1, steps.B, steps.H}, at::kFloat),
-                     cell = empty_cpu({1, steps.B, steps.H}, at::kFloat);
+                     cell = empty_cpu({steps.B, steps.H}, at::kFloat);
         Step<float> given{};
         given.I = steps.I;
         given.H = steps.H;
@@ -74,7 +74,7 @@ PackedLayerStates layer(const Tensor& input, const OptionalTensor& hx, const Opt
         take_steps<float>(steps, given, /*joint=*/true, h, c, hidden, cell, /*gates=*/{}, [&](const Pool&) {
           return [&](const Step<float>& taken, const Pool& pool) { weights.run(taken, pool); };
         });
-        auto [output, last_h, last_c, none] = layer_states(hidden, cell, reverse, /*cell_states=*/false);
+        auto [output, last_h, last_c, none] = last_states(steps, hidden, cell);
         return {std::move(output), std::move(last_h), std::move(last_c)};
       });
 }

@@ -142,7 +142,7 @@ struct ResetStates {
 
 // Takes all steps. given has what they share: sizes, input and its stride, wide_cell.
 //
-// hidden (T + 1, B, H), cells (T + 1, B, H) or (1, B, H), of which the first in time are hx and cx. gates
+// hidden (T + 1, B, H), cells (T + 1, B, H) or (B, H), of which the first in time are hx and cx. gates
 // (T, B, 4H) are undefined where they are not wanted. make(pool) prepares the weights and returns
 // run(step, pool). If joint, a step multiplies input and state together; else what input and biases add
 // to its sums is made before, for many steps at once.
@@ -152,7 +152,7 @@ void take_steps(const Steps& s, const Step<T>& given, bool joint, const Tensor& 
   using A = Accumulate<T>;
   if (!s.states()) return;
   const States<T> h(hidden), c(cells);
-  const int64_t keep = cells.size(0) > 1, first = s.before(s.time(0)) * s.states();
+  const int64_t keep = cells.dim() == 3, first = s.before(s.time(0)) * s.states();
   copy_rows(*rows(hx), h[first]);
   copy_rows(*rows(cx), c[keep * first]);
   if (!s.T) return;
@@ -209,6 +209,19 @@ void take_steps(const Steps& s, const Step<T>& given, bool joint, const Tensor& 
       }
     });
   });
+}
+
+// What lstm_layer returns of them without the cell states of every step, where cells are (B, H). Torch's
+// dispatcher would take longer for the parts than the kernel does for a small step.
+inline LayerStates last_states(const Steps& s, const Tensor& hidden, const Tensor& cells) {
+  const Tensor last = empty_cpu({s.B, s.H}, hidden.scalar_type());
+  const size_t bytes = last.nbytes();
+  const int64_t at = s.reverse ? 0 : s.T;
+  if (bytes)
+    std::memcpy(last.mutable_data_ptr(), static_cast<const char*>(hidden.const_data_ptr()) + at * bytes,
+                bytes);
+  const int64_t first = s.after(0);
+  return {hidden.slice(0, first, first + s.T), last, cells, empty_cpu({0}, cells.scalar_type())};
 }
 
 }  // namespace lstmfused
