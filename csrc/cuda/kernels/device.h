@@ -1,5 +1,6 @@
 // Every intrinsic, every line of PTX, and the launch. LSTMFUSED_SIMT may name a header to take the same
-// names from: tests/kernels/simt_device.h implements them on the host, so that the kernels' own source runs without a GPU.
+// names from: tests/kernels/simt_device.h has them on the host, so that the kernels' own source runs
+// without a GPU.
 #pragma once
 #include <stdint.h>
 
