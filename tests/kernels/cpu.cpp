@@ -27,7 +27,7 @@ static void test(const CellKernels<T>& kernels) {
     }
 }
 
-static void test(const Kernels& kernels) {
+[[maybe_unused]] static void test(const Kernels& kernels) {
   test(kernels.bf16);
   test(kernels.f16);
   for (const Shape shape : kShapes)
