@@ -21,6 +21,12 @@ vector<T> uniform(int64_t size, double scale = 1) {
   return x;
 }
 
+// What is never written shows.
+template <class... T>
+void poison(vector<T>&... outputs) {
+  (std::fill(outputs.begin(), outputs.end(), from<T>(NAN)), ...);
+}
+
 // Of the weights, as torch.nn draws them.
 inline double weight_scale(Shape shape) { return 1 / sqrt(double(std::max(shape.I, shape.H))); }
 
@@ -36,13 +42,9 @@ static int failures = 0;
 template <class T>
 static void check(const char* name, const vector<T>& actual, const Matrix& expected, double terms,
                   Shape shape) {
-  double worst = 0;
-  for (size_t i = 0; i < actual.size(); i++) {
-    const double error = fabs(widen(actual[i]) - expected.elements[i]);
-    worst = error <= worst ? worst : error;  // NaN, too
-  }
-  const double allowed = allowed_error<T>(expected, terms);
-  if (actual.size() == expected.elements.size() && worst <= allowed) return;
+  const double worst = worst_error(values(actual, expected.rows), expected),
+               allowed = allowed_error<T>(expected, terms);
+  if (worst <= allowed) return;
   failures++;
   printf("%s off by %.1e, allowed %.1e: B %d, I %d, H %d, %d bytes an element\n", name, worst, allowed,
          int(shape.B), int(shape.I), int(shape.H), int(sizeof(T)));

@@ -38,6 +38,7 @@ static void test_cell(const CellKernels<T>& kernels, Shape shape, int64_t thread
        {std::pair{false, false}, {false, true}, {true, false}}) {
     vector<T> out_h(B * H);
     vector<C> out_c(B * H);
+    poison(out_h, out_c, gates);
     forward.h = out_h.data(), forward.c = cells(out_c);
     forward.gates = save_gates ? gates.data() : nullptr;
     forward.batch_invariant = batch_invariant;
@@ -68,6 +69,7 @@ static void test_cell(const CellKernels<T>& kernels, Shape shape, int64_t thread
   const auto run = [&](int64_t rows, A* grad_gates, int64_t stride) {
     backward.rows = rows;
     backward.grad_gates = grad_gates, backward.grad_gates_stride = stride;
+    poison(grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh);
     kernels.backward(backward, pool);
     check("grad_input", grad_input, grad.sums * wi, double(G), shape);
     check("grad_hx", grad_hx, grad.sums * wh, double(G), shape);

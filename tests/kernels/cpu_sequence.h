@@ -83,8 +83,7 @@ struct Sequence {
       check_sums("sums");
       kernels.forward({states, nullptr, weight_hh.data(), nullptr, nullptr, batch_invariant}, pool);
       check_step("masked");
-      out_h.assign(B * H, from<T>(NAN));
-      out_c.assign(B * H, from<T>(NAN));
+      poison(out_h, out_c);
     }
     if constexpr (std::is_same_v<T, float>) {
       const PackedWeights of_inputs(packing, weight_ih, bias, H, I, pool),
@@ -135,7 +134,7 @@ struct Sequence {
         packing.pack({H / 4, G, weight_hh.data(), 1, H, packed.data(), 0, G}, pool);
         states.weight_hh = nullptr;
         states.packed_hh = packed.data();
-        grad_hx.assign(B * H, NAN);
+        poison(grad_hx);
         kernels.backward(states, pool);
         check("masked grad_hx, packed", grad_hx, dh, double(G), shape);
       }
@@ -158,6 +157,7 @@ struct Sequence {
     check("masked grad_bias_hh, twice", grad_bias, 2 * db, double(2 * B), shape);
     products.accumulate = false;
     products.transposed = true;
+    poison(grad_weight, grad_bias);
     kernels.backward(products, pool);
     check("transposed grad_weight_hh", grad_weight, transposed(dw), double(B), shape);
   }

@@ -110,13 +110,7 @@ static void fail(const Where& where, size_t size, const char* what) {
 template <class T>
 static void check(const Where& where, const char* name, Array<T>& actual, const Matrix& expected,
                   double terms) {
-  const Matrix found = actual.values();
-  double worst = 0;
-  for (size_t i = 0; i < found.elements.size(); i++) {
-    const double error = fabs(found.elements[i] - expected.elements[i]);
-    worst = error <= worst ? worst : error;  // NaN, too
-  }
-  const double allowed = allowed_error<T>(expected, terms);
+  const double worst = worst_error(actual.values(), expected), allowed = allowed_error<T>(expected, terms);
   char text[100];
   if (!(worst <= allowed)) {
     snprintf(text, sizeof text, "%s is off by %.1e, allowed %.1e", name, worst, allowed);
@@ -154,10 +148,10 @@ static vector<Setting> settings;
 // Few rows have few blocks; many would take their time.
 inline bool are_few(int64_t B, int64_t I, int64_t H) { return (B + 8) * (I + H) < 5000; }
 
-// Runs `step` in each setting; on one device its outputs are to be the same in every order. `after` checks
-// them.
-template <class T, class Step, class After>
-static void run(Where where, const char* name, const vector<Output>& outputs, const Step& step,
+// Runs `launch` in each setting; on one device its outputs are to be the same in every order. `after`
+// checks them.
+template <class T, class Launch, class After>
+static void run(Where where, const char* name, const vector<Output>& outputs, const Launch& launch,
                 const After& after) {
   where.name = name;
   vector<vector<unsigned char>> first;
@@ -169,7 +163,7 @@ static void run(Where where, const char* name, const vector<Output>& outputs, co
     simt::shared_limit = setting.device.shared_memory;
     for (const Output& output : outputs)
       if (output.size) memset(output.memory, 0xff, output.size);
-    if (const char* error = step(setting.device)) {
+    if (const char* error = launch(setting.device)) {
       fail(where, sizeof(T), error);
       continue;
     }

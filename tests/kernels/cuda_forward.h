@@ -37,9 +37,8 @@ static void test_forward(int64_t B, int64_t I, int64_t H, Layout layout) {
                       /*batch_invariant=*/false};
   };
   const auto sums_of = [&](Matrix (*rounded)(Matrix)) {
-    Matrix sums = rounded(input.values()) * transposed(rounded(weight_ih.values())) +
-                  rounded(hx.values()) * transposed(rounded(weight_hh.values()));
-    return sums;
+    return rounded(input.values()) * transposed(rounded(weight_ih.values())) +
+           rounded(hx.values()) * transposed(rounded(weight_hh.values()));
   };
   const auto expected_of = [&](Matrix sums) {
     if (with_bias_ih) sums = std::move(sums) + bias_ih.values();

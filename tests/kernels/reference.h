@@ -83,6 +83,18 @@ inline Matrix sum_of_rows(const Matrix& x) {
   return result;
 }
 
+// The largest error of an element; NaN where one is NaN, or the matrices are not as large.
+inline double worst_error(const Matrix& found, const Matrix& expected) {
+  if (found.elements.size() != expected.elements.size()) return NAN;
+  double worst = 0;
+  for (size_t i = 0; i < found.elements.size(); i++) {
+    const double error = fabs(found.elements[i] - expected.elements[i]);
+    if (std::isnan(error)) return NAN;
+    worst = std::max(worst, error);
+  }
+  return worst;
+}
+
 // How far from `expected` elements may be that are sums of so many terms: the errors of these follow the
 // largest element.
 template <class T>
