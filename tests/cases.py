@@ -67,6 +67,14 @@ class Arguments(NamedTuple):
 Cell = Callable[[Arguments], tuple[Tensor, Tensor]]
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]  # conftest.build_once
 
+# For a C++ compiler. The address sanitizer notices the use of a pointer that is null, beyond its
+# object or has overflowed; the other one's checks of these take a third of the compilation.
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,pointer-overflow",
+    "-fno-sanitize-recover=all",
+)
+
 
 def random_arguments(
     B: int | None,

@@ -12,6 +12,16 @@ from filelock import FileLock
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take longest start first."""
+
+    def minutes(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("minutes")
+        return marker.args[0] if marker else 0
+
+    items.sort(key=minutes, reverse=True)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor is filled with NaN: an element that is never written shows."""

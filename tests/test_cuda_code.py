@@ -108,12 +108,15 @@ def compile_for(architecture: str, nvcc: str, folder: Path) -> None:
     cubin.with_suffix(".txt").write_text(report)
 
 
+@functools.cache
 def read_code(architecture: str, folder: Path) -> Compiled:
     cubin = folder / f"sm_{architecture}.cubin"
     return Compiled(cubin, kernels_of(cubin.with_suffix(".txt").read_text()))
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+# Not of the session, which would take one architecture after the other: all workers would wait for
+# the same compiler.
+@pytest.fixture(params=ARCHITECTURES)
 def code(request: pytest.FixtureRequest, build_once: BuildOnce) -> Compiled:
     """The kernels, compiled once for each architecture."""
     nvcc = find("nvcc")
@@ -159,22 +162,28 @@ SECTION = re.compile(r'\s*\.section\s+\.text\.([^\s,"]+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
-@pytest.fixture(scope="session")
+@functools.cache
+def read_instructions(nvdisasm: str, cubin: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    kernel: set[str] = set()
+    for line in run(nvdisasm, "-c", cubin).splitlines():
+        if section := SECTION.match(line):
+            kernel = found.setdefault(short_name(section[1]), set())
+        elif instruction := INSTRUCTION.match(line):
+            kernel.add(instruction[1])
+    ends = {"EXIT", "BPT.TRAP"}  # the latter of a kernel that is for other processors
+    assert all(ends & kernel for kernel in found.values()), "cannot read the disassembly"
+    return found
+
+
+@pytest.fixture
 def instructions(code: Compiled) -> dict[str, set[str]]:
     """Of each kernel, with their modifiers, as LDG.E.128.CONSTANT."""
     nvdisasm = find("nvdisasm")
     if not nvdisasm:
         pytest.skip("no nvdisasm on this machine: pip install nvidia-cuda-nvdisasm")
-    found: dict[str, set[str]] = {}
-    kernel: set[str] = set()
-    for line in run(nvdisasm, "-c", code.cubin).splitlines():
-        if section := SECTION.match(line):
-            kernel = found.setdefault(short_name(section[1]), set())
-        elif instruction := INSTRUCTION.match(line):
-            kernel.add(instruction[1])
+    found = read_instructions(nvdisasm, code.cubin)
     assert found.keys() == code.kernels.keys()
-    ends = {"EXIT", "BPT.TRAP"}  # the latter of a kernel that is for other processors
-    assert all(ends & kernel for kernel in found.values()), "cannot read the disassembly"
     return found
 
 

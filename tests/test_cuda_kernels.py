@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cases import BuildOnce
+from cases import SANITIZERS, BuildOnce
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.h"))
@@ -24,7 +24,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     '-DLSTMFUSED_SIMT="simt_device.h"',
 ]
-SANITIZED = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-O1", "-g1", *SANITIZERS]
 STATEMENT = re.compile(
     r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
 )
@@ -56,6 +56,7 @@ def run(program: Path, *words: str, **environment: str) -> subprocess.CompletedP
 
 
 @pytest.mark.kernels
+@pytest.mark.minutes(1)
 @pytest.mark.parametrize("name", ["sanitized", "clang"])
 def test_cuda_kernels_on_host(name: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "c++") if name == "sanitized" else "clang++"
@@ -108,6 +109,7 @@ def test_statements_are_found() -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.minutes(1)
 def test_whole_copy_passes(copy: Path) -> None:
     """In every order of the threads."""
     done = run(copy)

@@ -63,8 +63,11 @@ def test_opcheck_inner(dtype: torch.dtype) -> None:
                     torch.library.opcheck(op.default, (*grads, *given[2:], mask))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "reverse"),
+    [(torch.float32, False), (torch.float64, True), (torch.bfloat16, True)],
+    ids=str,
+)
 def test_opcheck_layer(dtype: torch.dtype, reverse: bool) -> None:
     for T, B in ((3, 2), (1, 1), (2, 0)):
         x, h, c, *weights = random_arguments(B, I, H, dtype)
