@@ -16,13 +16,17 @@ REPAIR_Darwin = delocate-wheel --exclude libtorch --exclude libc10
 
 CXX_SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)) benchmarks/*.c* tests/kernels/*
 
-.PHONY: bench test keras kernels clients lint format readme docs docs-links clean
+.PHONY: bench bench-quick test keras kernels clients lint format readme docs docs-links clean
 .PHONY: wheel wheel-smoke wheels
 
 bench: $(VENV)/built
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks --layer --threads 0 --batches 1,8,32 --budget 90
 	$(PY) -m benchmarks --cliffs
+
+# Whether it runs, not how fast.
+bench-quick: $(VENV)/built
+	$(PY) -m benchmarks --quick --budget 60 --out out/quick.json
 
 test: $(VENV)/built
 	$(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations 10

@@ -37,7 +37,7 @@ BUILDS = {
     "plain": Build(CXX),
     "sanitized": Build(
         CXX,
-        ("-O1", "-g1", *SANITIZERS, *AS_CALLS),
+        ("-O1", "-g1", "-DLSTMFUSED_INLINED=", *SANITIZERS, *AS_CALLS),
         link=SANITIZERS,
     ),
     "clang": Build(next(filter(shutil.which, ("clang++", "clang++-14")), "clang++"), ("-O1",)),

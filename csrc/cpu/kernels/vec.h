@@ -16,7 +16,10 @@
 #define LSTMFUSED_NAME(prefix, isa) LSTMFUSED_PASTE(prefix, isa)
 #define LSTMFUSED_VARIANT LSTMFUSED_NAME(isa_, LSTMFUSED_ISA)
 
-#define LSTMFUSED_INLINED __attribute__((always_inline))  // of members and lambdas
+// Of members and lambdas. Under sanitizers it is empty, which compiles sooner.
+#ifndef LSTMFUSED_INLINED
+#define LSTMFUSED_INLINED __attribute__((always_inline))
+#endif
 #define LSTMFUSED_INLINE static inline LSTMFUSED_INLINED
 
 namespace lstmfused {
