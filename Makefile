@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 PY      := $(VENV)/bin/python
-# Bytecode when something is imported: most of what is installed never is.
+# Bytecode is made when a module is first imported: most of what is installed never is.
 PIP     := $(PY) -m pip install -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml lstmfused/_version.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -37,7 +37,7 @@ keras: $(VENV)/built
 	PYTHONPATH=$(VENV)/oldest-keras $(PY) -m pytest -q tests/test_keras.py
 
 # The kernels alone: the CPU's under sanitizers and, where those are installed, by clang and for aarch64 under
-# qemu; CUDA's on an emulator, and their machine code where nvcc is. The next one goes to whoever is free.
+# qemu; CUDA's on an emulator, and their machine code where nvcc is. Some take minutes: workers get them one by one.
 kernels: $(VENV)/built
 	$(PY) -m pytest -q -m kernels -n auto --maxschedchunk 1 --durations 10
 
