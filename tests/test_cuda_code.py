@@ -41,6 +41,7 @@ class Kernel(NamedTuple):
 
 class Compiled(NamedTuple):
     cubin: Path
+    report: str  # of ptxas -v
     kernels: dict[str, Kernel]  # by name, as in small_batch<float, 8, 4>
 
 
@@ -111,7 +112,8 @@ def compile_for(architecture: str, nvcc: str, folder: Path) -> None:
 @functools.cache
 def read_code(architecture: str, folder: Path) -> Compiled:
     cubin = folder / f"sm_{architecture}.cubin"
-    return Compiled(cubin, kernels_of(cubin.with_suffix(".txt").read_text()))
+    report = cubin.with_suffix(".txt").read_text()
+    return Compiled(cubin, report, kernels_of(report))
 
 
 # Not of the session, which would take one architecture after the other: all workers would wait for
@@ -139,6 +141,12 @@ def test_nothing_is_spilled(code: Compiled) -> None:
     assert not bad, "\n".join(
         f"{name}: {k.stack} bytes of stack, {k.spilled} bytes spilled" for name, k in bad.items()
     )
+
+
+def test_no_loss_is_reported(code: Compiled) -> None:
+    """As of asynchronous products of which each waits for the one before."""
+    lines = code.report.splitlines()
+    assert not [line for line in lines if re.search(r"\(C\d+\)|Performance Loss", line)]
 
 
 def test_registers_stay_in_their_budget(code: Compiled) -> None:

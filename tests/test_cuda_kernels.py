@@ -27,6 +27,7 @@ FLAGS = [
 SANITIZED = ["-O1", "-g1", *SANITIZERS]
 STATEMENT = re.compile(
     r"__syncthreads\(\);|\bwait_(copies|products)<[^;]*>\(\);|publish_copies\(\);"
+    r"|finish_products\(sums\);"
 )
 LIMIT = 120  # seconds, of a quick run, which takes two: without a barrier, a kernel may never end
 
@@ -104,7 +105,7 @@ def test_statements_are_found() -> None:
         for name, number in STATEMENTS.values()
     ]
     assert any("__syncthreads" in line for line in found)
-    for word in ("wait_copies", "wait_products", "publish_copies"):
+    for word in ("wait_copies", "wait_products", "publish_copies", "finish_products"):
         assert any(word in line for line in found)
 
 

@@ -174,6 +174,10 @@ LSTMFUSED_DEVICE void wait_products() {
     product->execute();
   products.erase(products.begin(), product);
 }
+template <int kParts, int N>
+LSTMFUSED_DEVICE void finish_products(float (&)[kParts][N]) {
+  wait_products<0>();
+}
 
 template <class T, size_t N>
 LSTMFUSED_DEVICE void multiply_group(float (&sums)[N], const void* a, const void* b, T) {

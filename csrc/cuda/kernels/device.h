@@ -129,6 +129,16 @@ template <int N>
 LSTMFUSED_DEVICE void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// Until none is; only then may the sums be read. Each is an operand here so that the compiler does not read
+// one earlier: ptxas would then make every product wait for the one before.
+template <int kParts, int N>
+LSTMFUSED_DEVICE void finish_products(float (&sums)[kParts][N]) {
+  wait_products<0>();
+#pragma unroll
+  for (int part = 0; part < kParts; part++)
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(sums[part][i])::"memory");
+}
 
 // Rows of 128 bytes in the 128-byte swizzle, eight of them 1024 bytes from the next eight, K along the
 // rows.

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     load_stage<Tile, true>(stages, i + Tile::kStages - 2);  // over stage i - 2
     wait_products<1>();
   }
-  wait_products<0>();
+  finish_products(sums);
   __syncthreads();  // all warpgroups have read the last stage
 
   // Sums to shared memory, for the epilogue.
