@@ -212,7 +212,7 @@ SUITES = {
     ),
     "layer": Suite(
         "sequences of 1 to 128 steps, by the layer and by others: 20 minutes",
-        (OWN, "torch", "onnxruntime", "products alone", STEPPED, "torch stepped"),
+        (OWN, PACKED[0], "torch", "onnxruntime", "products alone", STEPPED, "torch stepped"),
         20 * 60,
         SQUARE[1:],
         (1, 8, 32, 128),

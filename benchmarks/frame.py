@@ -42,9 +42,9 @@ def mean(ratios: pd.Series[float]) -> float:
     return geometric_mean(ratios) if len(ratios) else float("nan")
 
 
-def speedup(rows: pd.DataFrame, peer: str = "torch") -> pd.Series[float]:
-    """How many times faster lstmfused is, where both were measured."""
-    return (rows[peer] / rows[OWN]).dropna()
+def speedup(rows: pd.DataFrame, peer: str = "torch", subject: str = OWN) -> pd.Series[float]:
+    """How many times faster the subject is, where both were measured."""
+    return (rows[peer] / rows[subject]).dropna()
 
 
 def mean_and_worst(rows: pd.DataFrame, peer: str) -> tuple[str, str]:

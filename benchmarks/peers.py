@@ -130,11 +130,12 @@ class BatchInvariant(Peer):
 
 class Packed(Peer):
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        super().__init__(name, lstmfused.LSTMCell)
+        super().__init__(name, lstmfused.LSTMCell, lstmfused.LSTM)
         self.dtype = dtype
 
     def supports(self, case: Case) -> bool:
-        return case.mode == INFERENCE and case.dtype == "float32" and case.batch <= 64
+        few = bool(case.sequence) or case.batch <= 64
+        return case.mode == INFERENCE and case.dtype == "float32" and few
 
     def bind(self, problem: Problem) -> Bound:
         packed = lstmfused.pack(self.module(problem), weight_dtype=self.dtype)

@@ -18,7 +18,7 @@ from .format import duration, insert, table, title
 from .frame import amount, frame, mean, mean_and_worst, peers, place, setting, shown, speedup
 from .limits import rooflines
 from .record import RESULTS, ROOT, Json, load
-from .targets import WORST, Verdict, figure, goal, looked_at, verdicts
+from .targets import PACKED, WORST, Verdict, figure, goal, looked_at, verdicts
 
 SHOWN_BATCHES = (1, 8, 64, 512, 4096)
 LEAST = 0.02  # of a step, of a part that is named
@@ -262,11 +262,12 @@ def beside_onnxruntime(data: Json) -> str:
     rows = frame(data).query(f"sequence == '{LAYER}' and mode == '{INFERENCE}'")
     rows = rows[rows["onnxruntime"].notna()]
     steps, lines = sorted(set(rows["steps"])), []
-    for batch, of_batch in rows.groupby("batch"):
-        groups = [speedup(of_batch[of_batch["steps"] == k], "onnxruntime") for k in steps]
-        texts = (f"**{mean(r):.2f}x** ({min(r):.2f}x)" if len(r) else "" for r in groups)
-        lines.append([str(batch), *texts])
-    return table(["batch", *(f"T = {k}" for k in steps)], lines)
+    for subject, name in ((OWN, "LSTM"), (PACKED, "PackedLSTM")):
+        for batch, some in rows.groupby("batch"):
+            groups = [speedup(some[some["steps"] == k], "onnxruntime", subject) for k in steps]
+            texts = (f"**{mean(r):.2f}x** ({min(r):.2f}x)" if len(r) else "" for r in groups)
+            lines.append([f"{name}, batch {batch}", *texts])
+    return table(["over ONNX Runtime", *(f"T = {k}" for k in steps)], lines)
 
 
 def second_order(data: Json) -> str:

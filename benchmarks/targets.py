@@ -74,6 +74,9 @@ LAYER_TARGETS = (
     Target("layer, training over nn.LSTM", 1.6, 1, where=SEQUENCE, mode=TRAINING),
     Target("layer over ONNX Runtime, T >= 16", 1.15, 0.97, "onnxruntime", LONG),
     Target(
+        "packed layer over ONNX Runtime, T >= 16", 1.15, 0.97, "onnxruntime", LONG, subject=PACKED
+    ),
+    Target(
         "layer, share of the limit, B >= 8, T >= 16, H >= 128",
         None,
         0.8,

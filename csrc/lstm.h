@@ -83,9 +83,10 @@ constexpr int kPackedFormat = 1, kPackedUnits = 16, kPackedMultiple = 4;
 
 template <class W>
 struct Packed : Step<float> {
-  const W* weight;     // of each block (I + H, 4, units): the rows of the input, then those of the state
-  const float* scale;  // of each block (4, units), by which the sums are multiplied, or null
-  const float* bias;   // of each block (4, units), the sum of both, or null
+  const W* weight;       // of each block (depth, 4, units): the rows of the input, then those of the state
+  const float* scale;    // of each block (4, units), by which the sums are multiplied, or null
+  const float* bias;     // of each block (4, units), the sum of both, or null
+  int64_t begin, depth;  // the step's first row of a block, and all rows of a block
 };
 
 // Weights to be packed for a sequence, which takes no longer than a few rows' multiplication with them.
@@ -94,7 +95,7 @@ struct Pack {
   const float* weight;
   int64_t unit_stride, depth_stride;  // gate g of unit u at depth k: (g * H + u, k)
   float* packed;
-  int64_t begin, depth;  // where its K are in the depth of what is packed
+  int64_t begin, depth;  // the first row of a block that is written, and all rows of a block
 };
 constexpr int64_t packed_units(int64_t H) {
   return (H + kPackedMultiple - 1) / kPackedMultiple * kPackedMultiple;

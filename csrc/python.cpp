@@ -34,6 +34,10 @@ constexpr Names kLayer{"lstm_layer",
 constexpr Names kPackedLayer{"lstm_layer_packed",
                              {"input", "hx[0]", "hx[1]", "weight", "bias", "scale", "mask", "input_size",
                               "hidden_size", "format", "reverse"}};
+// No operator, and None in Python where it has no value or does not see just what it expects.
+constexpr Names kLayers{"lstm_layers",
+                        {"input", "hx", "params", "packed", "reset", "has_biases", "num_layers", "dropout",
+                         "bidirectional", "batch_first"}};
 
 template <class T>
 constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor>;
@@ -49,10 +53,23 @@ void check(PyObject* object, const Names& names, const char* name) {
   }
 }
 
-// Whether no one asks to see the call in Python: no subclass of Tensor, no mode.
+// Whether it is of just this type: subclasses of Tensor and symbolic numbers ask to see the call in Python.
 template <class T>
 bool plain(PyObject* object) {
-  return !is_tensor<T> || object == Py_None || THPVariable_CheckExact(object);
+  const auto each = [object](auto is) {
+    PyObject* const* const items = PySequence_Fast_ITEMS(object);
+    return std::all_of(items, items + PySequence_Fast_GET_SIZE(object), is);
+  };
+  const bool none = object == Py_None, tuple = PyTuple_CheckExact(object);
+  if constexpr (std::is_same_v<T, Tensor>) return THPVariable_CheckExact(object);
+  if constexpr (std::is_same_v<T, OptionalTensor>) return none || THPVariable_CheckExact(object);
+  if constexpr (std::is_same_v<T, std::vector<Tensor>>)
+    return none || ((tuple || PyList_CheckExact(object)) && each(THPVariable_CheckExact));
+  if constexpr (std::is_same_v<T, PackedSizes>)
+    return none || (tuple && PyTuple_GET_SIZE(object) == 3 && each(THPUtils_checkLong));
+  if constexpr (std::is_same_v<T, bool>) return PyBool_Check(object);
+  if constexpr (std::is_same_v<T, double>) return THPUtils_checkDouble(object);
+  return THPUtils_checkLong(object);
 }
 
 // What Python holds, uncounted: the first owner beside Python costs a call back into it, and so does the
@@ -75,11 +92,40 @@ struct Borrowed<OptionalTensor> {
   }
 };
 template <>
+struct Borrowed<std::vector<Tensor>> {
+  using Borrow = c10::MaybeOwnedTraits<Tensor>;
+  std::vector<Tensor> value;
+  explicit Borrowed(PyObject* object) {
+    if (object == Py_None) return;
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
+    value.reserve(count);
+    for (Py_ssize_t i = 0; i < count; i++)
+      value.push_back(Borrow::createBorrow(THPVariable_Unpack(PySequence_Fast_GET_ITEM(object, i))));
+  }
+  Borrowed(const Borrowed&) = delete;
+  ~Borrowed() {
+    for (Tensor& tensor : value) Borrow::destroyBorrow(tensor);
+  }
+};
+template <>
 struct Borrowed<int64_t> {
   int64_t value;
   explicit Borrowed(PyObject* object) : value(THPUtils_unpackLong(object)) {}
 };
-
+template <>
+struct Borrowed<PackedSizes> {
+  PackedSizes value{};
+  explicit Borrowed(PyObject* object) {
+    if (object == Py_None) return;
+    const auto at = [object](int i) { return THPUtils_unpackLong(PyTuple_GET_ITEM(object, i)); };
+    value = {at(0), at(1), at(2)};
+  }
+};
+template <>
+struct Borrowed<double> {
+  double value;
+  explicit Borrowed(PyObject* object) : value(THPUtils_unpackDouble(object)) {}
+};
 template <>
 struct Borrowed<bool> {
   bool value;
@@ -94,7 +140,13 @@ bool is_small(const Tensor& tensor) {
          tensor.numel() < kSmall && (tensor.dim() < 3 || tensor.size(0) <= kFewSteps);
 }
 bool is_small(const OptionalTensor& tensor) { return !tensor || is_small(*tensor); }
-bool is_small(int64_t) { return true; }
+bool is_small(const std::vector<Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return is_small(tensor); });
+}
+template <class Number>
+bool is_small(const Number&) {
+  return true;
+}
 
 template <class Result, class... Arguments>
 Result call(Result (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>>&... given) {
@@ -104,26 +156,37 @@ Result call(Result (*step)(Arguments...), const Borrowed<std::decay_t<Arguments>
   return std::apply(step, kept);
 }
 
-template <class Result, class... Arguments, size_t... I>
-PyObject* checked_call(Result (*step)(Arguments...), const Names& names, PyObject* const* objects,
-                       Py_ssize_t count, std::index_sequence<I...>) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == sizeof...(I), names.op, "() takes ", sizeof...(I), " arguments, got ", count);
-  (check<std::decay_t<Arguments>>(objects[I], names, names.arguments[I]), ...);
-  if (at::impl::torch_function_mode_enabled() || !(plain<std::decay_t<Arguments>>(objects[I]) && ...)) {
-    const pybind11::object op =
-        pybind11::module_::import("torch").attr("ops").attr("lstmfused").attr(names.op);
-    return PyObject_Vectorcall(op.ptr(), objects, count, nullptr);
-  }
-  Result next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
-  THPObjectPtr tuple(PyTuple_New(std::tuple_size_v<Result>));
+template <class... Tensors>
+PyObject* tuple_of(std::tuple<Tensors...>& tensors) {
+  THPObjectPtr tuple(PyTuple_New(sizeof...(Tensors)));
   if (!tuple) throw python_error();
   std::apply(
       [&, i = 0](auto&... tensor) mutable {
         (PyTuple_SET_ITEM(tuple.get(), i++, THPVariable_Wrap(std::move(tensor))), ...);
       },
-      next);
+      tensors);
   return tuple.release();
+}
+PyObject* tuple_of(std::optional<PackedLayerStates>& tensors) {
+  if (!tensors) Py_RETURN_NONE;
+  return tuple_of(*tensors);
+}
+
+template <class Result, class... Arguments, size_t... I>
+PyObject* checked_call(Result (*step)(Arguments...), const Names& names, PyObject* const* objects,
+                       Py_ssize_t count, std::index_sequence<I...>) {
+  constexpr bool is_operator = !std::is_same_v<Result, std::optional<PackedLayerStates>>;
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == sizeof...(I), names.op, "() takes ", sizeof...(I), " arguments, got ", count);
+  if constexpr (is_operator) (check<std::decay_t<Arguments>>(objects[I], names, names.arguments[I]), ...);
+  if (at::impl::torch_function_mode_enabled() || !(plain<std::decay_t<Arguments>>(objects[I]) && ...)) {
+    if (!is_operator) Py_RETURN_NONE;
+    const pybind11::object op =
+        pybind11::module_::import("torch").attr("ops").attr("lstmfused").attr(names.op);
+    return PyObject_Vectorcall(op.ptr(), objects, count, nullptr);
+  }
+  Result next = call(step, Borrowed<std::decay_t<Arguments>>(objects[I])...);
+  return tuple_of(next);
   END_HANDLE_TH_ERRORS
 }
 
@@ -144,7 +207,7 @@ PyMethodDef method() {
 PyMethodDef methods[] = {
     method<lstm_cell, kStep>(),     method<lstm_cell_packed, kPacked>(),
     method<lstm_layer, kLayer>(),   method<lstm_layer_packed, kPackedLayer>(),
-    {nullptr, nullptr, 0, nullptr},
+    method<lstm_layers, kLayers>(), {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace

@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor, dtype
 
 compiler: str
@@ -107,6 +109,18 @@ def lstm_layer_packed(
     format: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def lstm_layers(
+    input: Any,
+    hx: Any,
+    params: Any,
+    packed: tuple[int, int, int] | None,
+    reset: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
 def check_lstm_layer_packed(
     input: Tensor,
     hx: Tensor | None,

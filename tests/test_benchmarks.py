@@ -198,7 +198,8 @@ def test_peers_are_right_over_a_sequence(name: str, sequence: str, mode: str) ->
                 verify(name, peer.bind(Problem(case)), mode)
             found.append(steps)
     whole = name == "lstmfused" or (sequence == cases.LAYER and name == "torch")
-    assert found[-1:] == [5] or name in ("torch", "onnxruntime")
+    untrained = name == "lstmfused packed" and mode == cases.TRAINING
+    assert untrained or found[-1:] == [5] or name in ("torch", "onnxruntime")
     assert not whole or found == [1, 5]
 
 

@@ -10,18 +10,15 @@ namespace {
 // ---------------------------------------------------------------------------------------------------
 // Forward
 
-// Whether steps take their inputs themselves: of few rows these are multiplied for many steps at once. A
-// batch-invariant layer must not look at the rows.
-bool joint(const Steps& s, bool batch_invariant) {
-  return !s.I || (!batch_invariant && (s.T == 1 || s.B >= kJointRows));
-}
+// A batch-invariant layer must not look at the rows.
+bool joint(const Steps& s, bool batch_invariant) { return batch_invariant ? !s.I : joint(s); }
 
-// The layer's weights, as they are or, where it pays, packed: for the inputs, and for the steps.
+// The layer's weights, as they are or, where it pays, packed.
 template <class T>
 struct Weights {
   const CellKernels<T>& kernels;
   const Forward<T>& given;
-  Tensor of_inputs, of_steps, bias;
+  Tensor packed, bias;
 
   // Transposed ones have to be packed.
   Weights(const CellKernels<T>& given_kernels, const Steps& s, const Forward<T>& weights,
@@ -29,21 +26,19 @@ struct Weights {
           [[maybe_unused]] const Pool& pool)
       : kernels(given_kernels), given(weights) {
     if constexpr (std::is_same_v<T, float>) {
-      const bool both = joint(s, given.batch_invariant);
-      const int64_t quarters = both ? kPackedManyRows : kPackedFewRows;
+      const int64_t quarters = joint(s, given.batch_invariant) ? kPackedManyRows : kPackedFewRows;
       const bool few = 4 * s.rows() < quarters * (s.I + s.H) || given.batch_invariant;
       if (few && !transposed_ih && !transposed_hh) return;
-      const auto pack = [&](const float* weight, int64_t K, bool transposed, const Tensor& packed,
+      const auto pack = [&](const float* weight, int64_t K, bool transposed, const Tensor& to,
                             int64_t begin) {
         const int64_t unit_stride = transposed ? 1 : K, depth_stride = transposed ? 4 * s.H : 1;
-        cpu_kernels().pack(
-            {s.H, K, weight, unit_stride, depth_stride, out<float>(packed), begin, packed.size(0)}, pool);
+        cpu_kernels().pack({s.H, K, weight, unit_stride, depth_stride, out<float>(to), begin, to.size(0)},
+                           pool);
       };
       const int64_t units = packed_units(s.H);
-      of_steps = empty_cpu({both ? s.I + s.H : s.H, 4 * units}, at::kFloat);
-      of_inputs = both ? of_steps : empty_cpu({s.I, 4 * units}, at::kFloat);
-      pack(given.weight_ih, s.I, transposed_ih, of_inputs, 0);
-      pack(given.weight_hh, s.H, transposed_hh, of_steps, both ? s.I : 0);
+      packed = empty_cpu({s.I + s.H, 4 * units}, at::kFloat);
+      pack(given.weight_ih, s.I, transposed_ih, packed, 0);
+      pack(given.weight_hh, s.H, transposed_hh, packed, s.I);
       if (!given.bias_ih && !given.bias_hh) return;
       bias = empty_cpu({1, 4 * units}, at::kFloat);
       std::vector<float> sum(4 * s.H);
@@ -54,15 +49,13 @@ struct Weights {
   }
 
   void operator()(const Step<T>& step, const Pool& pool) const {
-    const bool biased = !step.starting_sums;  // else the biases are among these
     if constexpr (std::is_same_v<T, float>)
-      if (of_steps.defined())
-        return cpu_kernels().packed_f32({step, in<float>(step.sums ? of_inputs : of_steps), nullptr,
-                                         biased ? in<float>(bias) : nullptr},
-                                        pool);
+      if (packed.defined())
+        return cpu_kernels().packed_f32(
+            packed_step(step, in<float>(packed), nullptr, in<float>(bias), packed.size(0)), pool);
     Forward<T> p = given;
     static_cast<Step<T>&>(p) = step;
-    if (!biased) p.bias_ih = p.bias_hh = nullptr;
+    if (step.starting_sums) p.bias_ih = p.bias_hh = nullptr;  // these are among them
     kernels.forward(p, pool);
   }
 };

@@ -14,14 +14,15 @@ namespace {
 // What is packed, as it is checked.
 struct PackedWeights {
   MaybeOwned weight, bias, scale;
+  int64_t depth;
 
-  PackedWeights(const Tensor& w, const Tensor& b, const OptionalTensor& s)
-      : weight(contiguous(w)), bias(contiguous(b)), scale(contiguous(s)) {}
+  PackedWeights(const Tensor& w, const Tensor& b, const OptionalTensor& s, int64_t all)
+      : weight(contiguous(w)), bias(contiguous(b)), scale(contiguous(s)), depth(all) {}
 
   void run(const Step<float>& step, const Pool& pool) const {
     const auto run = [&](auto kernel, auto element) {
       using W = decltype(element);
-      kernel(Packed<W>{step, in<W>(*weight), in<float>(*scale), in<float>(*bias)}, pool);
+      kernel(packed_step(step, in<W>(*weight), in<float>(*scale), in<float>(*bias), depth), pool);
     };
     const Kernels& kernels = cpu_kernels();
     switch (weight->scalar_type()) {
@@ -44,7 +45,7 @@ State step(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& 
         const Tensor next_h = empty_cpu({B, hidden_size}, at::kFloat);
         const Tensor next_c = empty_cpu({B, hidden_size}, at::kFloat);
         if (next_h.numel())
-          PackedWeights(weight, bias, scale)
+          PackedWeights(weight, bias, scale, input_size + hidden_size)
               .run({B, input_size, hidden_size, in<float>(*x), x->stride(0), in<float>(*hidden),
                     hidden->stride(0), in<float>(*cell), cell->stride(0), out<float>(next_h),
                     out<float>(next_c)},
@@ -70,8 +71,9 @@ PackedLayerStates layer(const Tensor& input, const OptionalTensor& hx, const Opt
         given.H = steps.H;
         given.input = in<float>(*x.tensor);
         given.input_stride = x.stride;
-        const PackedWeights weights(weight, bias, scale);
-        take_steps<float>(steps, given, /*joint=*/true, h, c, hidden, cell, /*gates=*/{}, [&](const Pool&) {
+        const PackedWeights weights(weight, bias, scale, input_size + hidden_size);
+        const bool together = batch_invariant() || joint(steps);  // in this mode as the cell does
+        take_steps<float>(steps, given, together, h, c, hidden, cell, /*gates=*/{}, [&](const Pool&) {
           return [&](const Step<float>& taken, const Pool& pool) { weights.run(taken, pool); };
         });
         auto [output, last_h, last_c, none] = last_states(steps, hidden, cell);

@@ -27,6 +27,18 @@ struct Steps {
   int64_t work() const { return rows() * 4 * H * (I + H); }
 };
 
+// Whether steps take their inputs themselves: of few rows these are multiplied for many steps at once.
+inline bool joint(const Steps& s) { return !s.I || s.T == 1 || s.B >= kJointRows; }
+
+// With packed weights (depth, 4 units): of the state alone where the sums of the inputs are given, the
+// biases among them.
+template <class W>
+Packed<W> packed_step(const Step<float>& step, const W* weight, const float* scale, const float* bias,
+                      int64_t depth) {
+  const bool started = step.starting_sums;
+  return {step, weight, scale, started ? nullptr : bias, started ? depth - step.H : 0, depth};
+}
+
 // n steps from place k on, which are those from time `first` on.
 struct Chunk {
   int64_t k, n, first;

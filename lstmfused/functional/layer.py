@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .._integrations.script import scripted_as
+from .._ops import _C
 from .cell import pair
 from .stack import of_packed, of_tensor
 
@@ -141,6 +143,12 @@ def _lstm(
     return_cell_states: bool,
     packed: tuple[int, int, int] | None = None,
 ) -> Any:
+    if lengths is None and not return_cell_states and not is_dynamo_compiling():
+        drop = dropout if train else 0.0
+        flags = has_biases, num_layers, drop, bidirectional, batch_first
+        if short := _C.lstm_layers(input, hx, params, packed, reset, *flags):
+            output, h_n, c_n = short
+            return output, (h_n, c_n)
     options = has_biases, num_layers, dropout, train, bidirectional
     if hx is not None:
         hx = hx if type(hx) is tuple and len(hx) == 2 else pair(hx, "lstm", STATE)

@@ -106,8 +106,11 @@ class LSTM(nn.LSTM):
         d: dict[str, Any] = self.__dict__
         names, p = d["_flat_weights_names"], d["_parameters"]
         known = type(self) is LSTM and not is_dynamo_compiling() and d.keys().isdisjoint(names)
-        if known and all(map(p.__contains__, names)):
-            return [p[name] for name in names]
+        try:
+            if known:
+                return list(map(p.__getitem__, names))
+        except KeyError:
+            pass
         return [getattr(self, name) for name in names]
 
     def cell(self, layer: int = 0, direction: int = 0) -> LSTMCell:

@@ -64,11 +64,23 @@ static void test_packed(PackedKernel<W> kernel, Shape shape, int64_t threads) {
   }
   const State next = step(factors * transposed(weights) + biases, values(cx, B));
   vector<float> h(B * H), c(B * H);
-  kernel({{B, I, H, input.data(), I, hx.data(), H, cx.data(), H, h.data(), c.data(), nullptr},
-          weight.data(),
-          is_int8 ? scale.data() : nullptr,
-          bias.data()},
-         pool_of(threads));
-  check("packed h", h, next.h, double(K), shape);
-  check("packed c", c, next.c, double(K), shape);
+  const float* const scales = is_int8 ? scale.data() : nullptr;
+  const auto check_states = [&](const char* kind) {
+    check(kind, h, next.h, double(K), shape);
+    check(kind, c, next.c, double(K), shape);
+    poison(h, c);
+  };
+  const Step<float> all{B, I, H, input.data(), I, hx.data(), H, cx.data(), H, h.data(), c.data(), nullptr};
+  kernel({all, weight.data(), scales, bias.data(), 0, K}, pool_of(threads));
+  check_states("packed");
+
+  if (!I) return;
+  vector<float> sums(B * G);
+  Step<float> inputs = all, states = all;
+  inputs.sums = sums.data();
+  states.I = 0;
+  states.starting_sums = sums.data();
+  kernel({inputs, weight.data(), scales, bias.data(), 0, K}, pool_of(threads));
+  kernel({states, weight.data(), scales, nullptr, I, K}, pool_of(threads));
+  check_states("packed, in two calls");
 }

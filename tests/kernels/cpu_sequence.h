@@ -88,9 +88,9 @@ struct Sequence {
     if constexpr (std::is_same_v<T, float>) {
       const PackedWeights of_inputs(packing, weight_ih, bias, H, I, pool),
           of_states(packing, weight_hh, bias, H, H, pool);
-      packing.kernel({inputs, of_inputs.weight.data(), nullptr, of_inputs.bias.data()}, pool);
+      packing.kernel({inputs, of_inputs.weight.data(), nullptr, of_inputs.bias.data(), 0, I}, pool);
       check_sums("sums, packed");
-      packing.kernel({states, of_states.weight.data(), nullptr, nullptr}, pool);
+      packing.kernel({states, of_states.weight.data(), nullptr, nullptr, 0, H}, pool);
       check_step("masked, packed");
     }
   }

@@ -181,6 +181,7 @@ static inline void packed_state_product(const Backward<float>& p, Range part, co
   step.input_stride = p.grad_gates_stride;
   step.sums = p.grad_hx + part.begin * p.H;
   step.weight = p.packed_hh;
+  step.depth = step.I;
   forward_packed(step, pool);
 }
 

@@ -92,7 +92,8 @@ static void packed_streams(const Packed<W>& p, int64_t u0) {
   const int64_t K = p.I + p.state_depth();
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
-    const Blocks<W, Streams, FromDram> right{p.weight + 4 * u0 * K + k * kStride, kStride, kStride * K};
+    const Blocks<W, Streams, FromDram> right{p.weight + 4 * u0 * p.depth + (p.begin + k) * kStride, kStride,
+                                             kStride * p.depth};
     multiply_tile<R, Streams * kBlockVectors, false>(
         right, Sums<float>{sums, kColumns, kColumns, k == 0, false, false}, block.input(p, 0),
         block.state(p, 0));
@@ -115,9 +116,10 @@ static void packed_block(const Packed<W>& p, Range rows, int64_t u0, bool beyond
                 lines = beyond_l2 ? kKBlock * kStride / Right::kLine / (kPrefetches * tiles) + 1 : 0;
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
-    const W* next = p.weight + 4 * u0 * K + (k + kKBlock) * kStride;
+    const W* const first = p.weight + 4 * u0 * p.depth + (p.begin + k) * kStride;
+    const W* next = first + kKBlock * kStride;
     const auto multiply = [&](auto V, int column) LSTMFUSED_INLINED {
-      const W* weight = p.weight + 4 * u0 * K + k * kStride + column;
+      const W* weight = first + column;
       each_tile<V.value>(rows.size, [&](auto R, int64_t row) {
         const Rows<float> input = block.input(p, rows.begin + row),
                           state = block.state(p, rows.begin + row);
