@@ -103,7 +103,8 @@ static void packed_streams(const Packed<W>& p, int64_t u0) {
 }
 
 // Any rows by one block of Width units. Where no L2 holds the weights, each tile prefetches its share of
-// the next K-block: if the first rows fetched it, they would wait, and then nothing would be fetched.
+// the next K-block, or of the next block's first: if the first rows fetched it, they would wait, and then
+// nothing would be fetched.
 template <int Width, class W>
 static void packed_block(const Packed<W>& p, Range rows, int64_t u0, bool beyond_l2) {
   using Right = Blocks<W, 1, false>;
@@ -117,7 +118,8 @@ static void packed_block(const Packed<W>& p, Range rows, int64_t u0, bool beyond
   for (int64_t k = 0; k < K; k += kKBlock) {
     const KBlock<W> block(p, k);
     const W* const first = p.weight + 4 * u0 * p.depth + (p.begin + k) * kStride;
-    const W* next = first + kKBlock * kStride;
+    const W* next = block.end < K ? first + kKBlock * kStride
+                                  : p.weight + 4 * (u0 + Width) * p.depth + p.begin * kStride;
     const auto multiply = [&](auto V, int column) LSTMFUSED_INLINED {
       const W* weight = first + column;
       each_tile<V.value>(rows.size, [&](auto R, int64_t row) {
