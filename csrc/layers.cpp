@@ -1,10 +1,10 @@
 // Layers and directions one after the other, for the calls that most are: lstmfused/functional/stack.py has
 // them all. In a call of few steps, Python's way through them takes longer than the kernels do.
+#include <ATen/TracerMode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 
 #include "autograd/second_order.h"
 #include "checks.h"
@@ -14,7 +14,8 @@ namespace {
 
 // By a transform, a mode or a tracer: these follow the operators from Python.
 bool followed() {
-  return in_transform() || c10::impl::TorchDispatchModeTLS::stack_len() || torch::jit::tracer::isTracing();
+  return in_transform() || c10::impl::TorchDispatchModeTLS::stack_len() ||
+         at::tracer::impl::is_dispatch_enabled();
 }
 
 bool is_symbolic(const Tensor& tensor) {
