@@ -106,13 +106,13 @@ Gradients lstm_layer_backward(const OptionalTensor& grad_output, const OptionalT
                               const Tensor& gates, const OptionalTensor& weight_ih, const Tensor& weight_hh,
                               const OptionalTensor& mask, bool reverse, std::array<bool, 7> output_mask);
 
+struct PackedSizes {
+  int64_t I, H, format;  // 0 where weights are not packed
+};
 // All layers and directions: output, h and c as functional.lstm returns them, or none where Python has to
 // see to it: what has no kernel, what is in error, what is followed by a transform, a mode or a tracer. hx
 // is empty or h and c; params are, of each layer and direction, weights and biases or, packed, weight, bias
 // and perhaps scale.
-struct PackedSizes {
-  int64_t I, H, format;  // 0 where weights are not packed
-};
 std::optional<PackedLayerStates> lstm_layers(const Tensor& input, const std::vector<Tensor>& hx,
                                              const std::vector<Tensor>& params, const PackedSizes& packed,
                                              const OptionalTensor& reset, bool has_biases,
